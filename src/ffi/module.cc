@@ -1,0 +1,141 @@
+// jax_awq._ext: what Python needs of the compiled half.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "kernels/awq_gemm.h"
+
+#ifdef JAX_AWQ_CUDA
+#include <cuda_runtime_api.h>
+
+#include "xla/ffi/api/c_api.h"
+
+#define JAX_AWQ_OP(name, handler) extern "C" XLA_FFI_Error* handler(XLA_FFI_CallFrame*);
+#include "ffi/ops.def"
+#undef JAX_AWQ_OP
+#endif
+
+extern const char* const kSourceHash;
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace jax_awq {
+namespace {
+
+nb::dict Registrations() {
+  nb::dict handlers;
+#ifdef JAX_AWQ_CUDA
+#define JAX_AWQ_OP(name, handler) \
+  handlers["jax_awq." #name] = nb::capsule(reinterpret_cast<void*>(handler));
+#include "ffi/ops.def"
+#undef JAX_AWQ_OP
+#endif
+  return handlers;
+}
+
+nb::dict BuildInfo() {
+  nb::dict info;
+  info["version"] = JAX_AWQ_VERSION;
+#ifdef JAX_AWQ_CUDA
+  info["cuda"] = true;
+#else
+  info["cuda"] = false;
+#endif
+  // Ends in nullptr because a build without CUDA has none.
+  static constexpr const char* kArchitectures[] = {JAX_AWQ_ARCHITECTURE_NAMES nullptr};
+  nb::list architectures;
+  for (const char* const* name = kArchitectures; *name != nullptr; ++name) {
+    architectures.append(*name);
+  }
+  info["architectures"] = architectures;
+  info["nvcc"] = JAX_AWQ_NVCC_VERSION;
+  info["jaxlib_headers"] = JAX_AWQ_JAXLIB_VERSION;
+  info["source_hash"] = kSourceHash;
+  return info;
+}
+
+#ifdef JAX_AWQ_CUDA
+std::string CudaVersion(int version) {
+  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+#endif
+
+std::string DriverProblem() {
+#ifdef JAX_AWQ_CUDA
+  int driver = 0;  // stays 0 where there is no driver
+  cudaDriverGetVersion(&driver);
+  // A driver runs what any toolkit of its own major version built, and of older ones.
+  if (driver > 0 && driver / 1000 < CUDART_VERSION / 1000) {
+    return "the NVIDIA driver supports CUDA " + CudaVersion(driver) +
+           ", but jax_awq was built with CUDA " + CudaVersion(CUDART_VERSION) +
+           ": update the driver, or build jax_awq with a toolkit the driver supports";
+  }
+#endif
+  return "";
+}
+
+DType ParseDType(const std::string& name) {
+  if (name == "float16") return DType::kF16;
+  if (name == "bfloat16") return DType::kBF16;
+  if (name == "float32") return DType::kF32;
+  throw std::invalid_argument("unknown dtype " + name);
+}
+
+// "gemv" is here because its kernel sees it as oc_major, once scales and zeros are rearranged.
+Layout ParseLayout(const std::string& name) {
+  if (name == "gemm") return Layout::kGemm;
+  if (name == "oc_major" || name == "gemv") return Layout::kOcMajor;
+  throw std::invalid_argument("unknown layout " + name);
+}
+
+nb::dict PlanGemm(int64_t m, int64_t n, int64_t k, int64_t batch, int64_t group_size,
+                  const std::string& layout, const std::string& x_dtype,
+                  const std::string& scales_dtype, const std::string& out_dtype, bool has_zeros,
+                  bool transpose, int64_t split_k, const std::string& variant, int arch,
+                  int sm_count) {
+  AwqGemmProblem problem;
+  problem.m = m;
+  problem.n = n;
+  problem.k = k;
+  problem.batch = batch;
+  problem.group_size = group_size;
+  problem.layout = ParseLayout(layout);
+  problem.x_dtype = ParseDType(x_dtype);
+  problem.scales_dtype = ParseDType(scales_dtype);
+  problem.out_dtype = ParseDType(out_dtype);
+  problem.has_zeros = has_zeros;
+  problem.transpose = transpose;
+  problem.split_k = split_k;
+  problem.variant = variant;
+  const AwqGemmPlan plan = PlanAwqGemm(problem, Device{EffectiveArch(arch), sm_count});
+
+  nb::dict refused;
+  for (const auto& [name, reason] : plan.refused) refused[name.c_str()] = reason;
+  nb::dict result;
+  result["variant"] = plan.variant;
+  result["tile"] = nb::make_tuple(plan.tile_tokens, plan.tile_outputs);
+  result["split_k"] = plan.split_k;
+  result["workspace_bytes"] = plan.workspace_bytes;
+  result["refused"] = refused;
+  return result;
+}
+
+}  // namespace
+}  // namespace jax_awq
+
+NB_MODULE(_ext, m) {
+  m.doc() = "The compiled half of jax_awq.";
+  m.def("registrations", &jax_awq::Registrations,
+        "FFI target name -> handler, for platform CUDA; empty in a build without CUDA.");
+  m.def("build_info", &jax_awq::BuildInfo, "What this extension was built from.");
+  m.def("driver_problem", &jax_awq::DriverProblem,
+        "Why the CUDA driver cannot run this build; empty if it can, or if there is none.");
+  m.def("plan_awq_gemm", &jax_awq::PlanGemm, nb::kw_only(), "m"_a, "n"_a, "k"_a, "batch"_a,
+        "group_size"_a, "layout"_a, "x_dtype"_a, "scales_dtype"_a, "out_dtype"_a, "has_zeros"_a,
+        "transpose"_a, "split_k"_a, "variant"_a, "arch"_a, "sm_count"_a,
+        "Which kernel would run an awq_gemm. Raises ValueError for a forced one that cannot.");
+}
