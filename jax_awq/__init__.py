@@ -1,0 +1,35 @@
+"""AWQ 4-bit weights in JAX: CUDA kernels as XLA FFI calls, plain JAX everywhere else."""
+
+from typing import TYPE_CHECKING, Any
+
+from jax_awq._ffi import build_info
+from jax_awq._packing import pack_int4, unpack_int4
+from jax_awq._plan import KernelPlan, plan
+from jax_awq.ops.awq_dequantize import awq_dequantize
+from jax_awq.ops.awq_gemm import awq_gemm
+from jax_awq.weights import AWQWeight, convert
+
+if TYPE_CHECKING:
+    from jax_awq.checkpoint import load_hf
+
+__all__ = [
+    "AWQWeight",
+    "KernelPlan",
+    "awq_dequantize",
+    "awq_gemm",
+    "build_info",
+    "convert",
+    "load_hf",
+    "pack_int4",
+    "plan",
+    "unpack_int4",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # On first use: the loader needs the `safetensors` extra, the ops do not.
+    if name == "load_hf":
+        from jax_awq.checkpoint import load_hf
+
+        return load_hf
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

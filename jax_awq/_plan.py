@@ -1,0 +1,125 @@
+"""`plan`: what an op would run for given shapes on a given device, without running it."""
+
+import dataclasses
+import functools
+import importlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+
+from jax_awq import _ffi
+from jax_awq._primitive import OPS
+
+Route = Literal["fused", "dequantize_dot", "reference"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KernelPlan:
+    """What runs for one call of an op. Equal inputs give equal bits on every route.
+
+    Attributes:
+      op: name of the op.
+      route: "fused" (one kernel of ours), "dequantize_dot" (a kernel writes the weight, XLA
+        multiplies) or "reference" (plain JAX).
+      kernel: the kernel variant; "" on the reference route.
+      tile: (rows, outputs) of a thread block, () where that has no meaning.
+      split_k: blocks that share the sum over K, added in a fixed order.
+      workspace_bytes: scratch memory, planned by XLA.
+      accumulator: dtype of the sums.
+      deterministic: whether two runs give the same bits.
+      refused: variant -> why it cannot run.
+      reason: why the reference runs; "" on other routes.
+    """
+
+    op: str
+    route: Route
+    kernel: str
+    tile: tuple[int, ...]
+    split_k: int
+    workspace_bytes: int
+    accumulator: str
+    deterministic: bool
+    refused: Mapping[str, str]
+    reason: str
+
+
+class Target(NamedTuple):
+    """A CUDA device as the planning code sees it."""
+
+    arch: int  # 90 for sm_90
+    sm_count: int
+    local: bool  # whether the program runs in this process
+
+
+_DEFAULT_TARGET = Target(arch=90, sm_count=132, local=False)
+
+
+def plan(op: str, *args: Any, device: jax.Device | str | None = None, **kwargs: Any) -> KernelPlan:
+    """Tells which kernel a call of an op would run, from shapes and dtypes alone.
+
+    Args:
+      op: name of a public op, such as "awq_gemm".
+      *args: as for the op; `jax.ShapeDtypeStruct`, or an `AWQWeight` of them, stands for an array.
+      device: a device, or an architecture such as "sm_90"; by default the first device of the
+        default backend.
+      **kwargs: as for the op.
+
+    Returns:
+      The plan for that device.
+
+    Raises:
+      ValueError: `op` or `device` is unknown, or the op refuses the arguments.
+      TypeError: the op refuses a dtype.
+    """
+    if op not in OPS:
+        raise ValueError(f"plan: op must be one of {sorted(OPS)}, got {op!r}")
+    device = jax.devices()[0] if device is None else device
+    public = getattr(importlib.import_module(f"jax_awq.ops.{op}"), op)
+    static = {k: v for k, v in kwargs.items() if not hasattr(v, "shape")}
+    arrays = {k: v for k, v in kwargs.items() if k not in static}
+    jaxpr = jax.make_jaxpr(functools.partial(public, **static))(*args, **arrays)
+    eqn = next(_equations(jaxpr.jaxpr, f"jax_awq.{op}"))
+    return OPS[op].plan(device, *(v.aval for v in eqn.invars), **eqn.params)
+
+
+def _equations(jaxpr: Any, name: str) -> Iterator[Any]:
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == name:
+            yield eqn
+        elif "jaxpr" in eqn.params:  # of the jit around every public function
+            yield from _equations(eqn.params["jaxpr"].jaxpr, name)
+
+
+def target_of(device: jax.Device | str | None) -> Target | None:
+    """The CUDA device to plan for; None for a device that is not one.
+
+    None as `device` is a program lowered here to run elsewhere: planned for the default target.
+    """
+    if device is None:
+        return _DEFAULT_TARGET
+    if isinstance(device, str):
+        match = re.fullmatch(r"sm_(\d+)[af]?", device)
+        if match is None:
+            raise ValueError(f"plan: device must look like 'sm_90', got {device!r}")
+        return _DEFAULT_TARGET._replace(arch=int(match[1]))
+    if device.platform != "gpu" or "cuda" not in device.client.platform_version.lower():
+        return None
+    arch = int(str(device.compute_capability).replace(".", ""))
+    return Target(arch=arch, sm_count=device.core_count, local=True)
+
+
+def why_reference(device: jax.Device | str | None, target: Target | None, forced: str) -> str:
+    """Why no kernel is considered at all, or ""."""
+    if forced == "reference":
+        return "JAX_AWQ_FORCE is reference"
+    if target is None:
+        return f"there is no kernel for platform {device.platform}"  # type: ignore[union-attr]
+    return _ffi.unavailable(on_device=target.local)
+
+
+def reference_plan(op: str, reason: str, refused: Mapping[str, str] | None = None) -> KernelPlan:
+    return KernelPlan(op=op, route="reference", kernel="", tile=(), split_k=1, workspace_bytes=0,
+                      accumulator="float32", deterministic=True, refused=refused or {},
+                      reason=reason)

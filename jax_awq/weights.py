@@ -1,0 +1,120 @@
+"""`AWQWeight`: the arrays of one quantized weight as one pytree."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax import Array
+from jax.tree_util import GetAttrKey, register_pytree_with_keys_class
+
+from jax_awq._checks import check_choice, check_weight
+from jax_awq._packing import LAYOUTS, decode, encode, weight_size
+from jax_awq.ops.awq_dequantize import awq_dequantize
+from jax_awq.ops.awq_gemm import awq_gemm
+
+
+@register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class AWQWeight:
+    """A (K, N) weight in 4-bit codes, ``(q - z) * s``.
+
+    A pytree: the arrays are its leaves, layout and group size are static, so it goes through
+    jit, vmap, scan, grad, device_put and checkpoint libraries. Stacked weights (layers, experts)
+    are one `AWQWeight` whose arrays have leading batch dimensions.
+
+    Attributes:
+      qweight: int32 codes, ``(K, N/8)`` for layout "gemm", ``(N, K/8)`` for "gemv", "oc_major".
+      scales: float, ``(K/group_size, N)``; ``(N, 8 * padded words)`` for "gemv".
+      qzeros: int32 zero points, packed as the layout says; None is 8 everywhere.
+      layout: "gemm", "gemv" or "oc_major".
+      group_size: rows of K that share one scale, -1 for all of them. Given as None it is derived
+        from the shapes.
+
+    Raises:
+      ValueError: the shapes of the arrays disagree.
+      TypeError: a dtype is not the one above.
+    """
+
+    qweight: Any
+    scales: Any
+    qzeros: Any = None
+    layout: str = dataclasses.field(default="gemm", kw_only=True)
+    group_size: int | None = dataclasses.field(default=None, kw_only=True)
+
+    def __post_init__(self):
+        group_size = check_weight("AWQWeight", self.qweight, self.scales, self.qzeros,
+                                  layout=self.layout, group_size=self.group_size)
+        object.__setattr__(self, "group_size", group_size)
+
+    def tree_flatten_with_keys(self):
+        names = ("qweight", "scales", "qzeros")
+        return [(GetAttrKey(n), getattr(self, n)) for n in names], (self.layout, self.group_size)
+
+    def tree_flatten(self):
+        return (self.qweight, self.scales, self.qzeros), (self.layout, self.group_size)
+
+    @classmethod
+    def tree_unflatten(cls, static, leaves):
+        # JAX puts in leaves that are no arrays (axes, shardings, None), so nothing is checked.
+        self = object.__new__(cls)
+        for field, value in zip(dataclasses.fields(cls), (*leaves, *static), strict=True):
+            object.__setattr__(self, field.name, value)
+        return self
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(K, N), after the batch dimensions of `qweight`."""
+        return (*self.qweight.shape[:-2], *weight_size(self.qweight.shape, self.layout))
+
+    @property
+    def ndim(self) -> int:
+        return len(self.qweight.shape)
+
+    @property
+    def dtype(self):
+        """Dtype of the scales, and of the weight when it is dequantized."""
+        return self.scales.dtype
+
+    def dequantize(self, dtype: Any = None) -> Array:
+        """The (K, N) weight, rounded once to `dtype`, by default that of the scales."""
+        return awq_dequantize(self, dtype=dtype)
+
+    __array_ufunc__ = None  # numpy then leaves ``x @ weight`` to `__rmatmul__`
+
+    def __rmatmul__(self, x: Any) -> Array:
+        return awq_gemm(x, self)
+
+    def __repr__(self) -> str:
+        leaves = ", ".join(f"{key.name}={_shape_of(value)}"
+                           for key, value in self.tree_flatten_with_keys()[0])
+        return f"AWQWeight({leaves}, layout={self.layout!r}, group_size={self.group_size})"
+
+
+def convert(weight: AWQWeight, layout: str) -> AWQWeight:
+    """The same codes, zeros and scales in another layout, bit for bit.
+
+    Args:
+      weight: any `AWQWeight`; numpy arrays are converted on the host.
+      layout: "gemm", "gemv" or "oc_major".
+
+    Returns:
+      An `AWQWeight` in `layout`; `weight` itself where it is in it.
+
+    Raises:
+      ValueError: `layout` is unknown, or cannot hold the weight: "gemv" and "oc_major" need K and
+        group_size to be multiples of 8.
+    """
+    check_choice("convert", "layout", layout, LAYOUTS)
+    if layout == weight.layout:
+        return weight
+    codes, zeros, scales = decode(weight.qweight, weight.scales, weight.qzeros,
+                                  layout=weight.layout, group_size=weight.group_size)
+    qweight, scales, qzeros = encode(codes, scales, zeros, layout=layout,
+                                     group_size=weight.group_size)
+    return AWQWeight(qweight, scales, qzeros, layout=layout, group_size=weight.group_size)
+
+
+def _shape_of(leaf: Any) -> str:
+    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+        return repr(leaf)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype).__repr__().removeprefix("ShapeDtypeStruct")
