@@ -1,0 +1,164 @@
+// From float32 accumulators to y: ordered sum over splits, bias, activation, one rounding.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "device/ptx.cuh"
+#include "kernels/types.h"
+
+namespace jax_awq {
+
+__device__ __forceinline__ float Activate(float v, Activation activation) {
+  switch (activation) {
+    case Activation::kNone:
+      return v;
+    case Activation::kRelu:
+      return v < 0.0f ? 0.0f : v;  // keeps NaN
+    case Activation::kGelu:
+      return 0.5f * v * (1.0f + erff(v * 0.70710678118654752f));
+    case Activation::kGeluTanh:
+      return 0.5f * v * (1.0f + tanhf(0.79788456080286536f * (v + 0.044715f * v * v * v)));
+    case Activation::kSilu:
+      return v / (1.0f + expf(-v));
+  }
+  return v;
+}
+
+__device__ __forceinline__ float LoadAsFloat(const void* p, int64_t i, DType dtype) {
+  switch (dtype) {
+    case DType::kF16:
+      return __half2float(static_cast<const __half*>(p)[i]);
+    case DType::kBF16:
+      return __bfloat162float(static_cast<const __nv_bfloat16*>(p)[i]);
+    default:
+      return static_cast<const float*>(p)[i];
+  }
+}
+
+__device__ __forceinline__ uint32_t PackPair(float a, float b, DType dtype) {
+  if (dtype == DType::kF16) {
+    const __half2 h = __floats2half2_rn(a, b);
+    return reinterpret_cast<const uint32_t&>(h);
+  }
+  const __nv_bfloat162 h = __floats2bfloat162_rn(a, b);
+  return reinterpret_cast<const uint32_t&>(h);
+}
+
+// Rounds eight values and stores them; `p` is aligned to their size.
+__device__ __forceinline__ void StoreEight(void* p, const float (&v)[8], DType dtype) {
+  if (dtype == DType::kF32) {
+    static_cast<float4*>(p)[0] = make_float4(v[0], v[1], v[2], v[3]);
+    static_cast<float4*>(p)[1] = make_float4(v[4], v[5], v[6], v[7]);
+  } else {
+    *static_cast<uint4*>(p) = make_uint4(PackPair(v[0], v[1], dtype), PackPair(v[2], v[3], dtype),
+                                         PackPair(v[4], v[5], dtype), PackPair(v[6], v[7], dtype));
+  }
+}
+
+struct EpilogueParams {
+  void* y;            // this batch entry's (M, outputs)
+  const void* bias;   // this batch entry's (outputs), or nullptr
+  float* partials;    // (splits, batch, M, outputs); nullptr unless splits meet in the workspace
+  int64_t m;
+  int64_t outputs;
+  DType out_dtype;
+  DType bias_dtype;
+  Activation activation;
+};
+
+__device__ __forceinline__ float Finish(const EpilogueParams& p, int64_t output, float v) {
+  if (p.bias) v += LoadAsFloat(p.bias, output, p.bias_dtype);
+  return Activate(v, p.activation);
+}
+
+__device__ __forceinline__ void FinishOne(const EpilogueParams& p, int64_t token, int64_t output,
+                                          float v) {
+  const int64_t at = token * p.outputs + output;
+  v = Finish(p, output, v);
+  if (p.out_dtype == DType::kF32) {
+    static_cast<float*>(p.y)[at] = v;
+  } else {
+    static_cast<uint16_t*>(p.y)[at] = PackPair(v, 0.0f, p.out_dtype) & 0xffffu;
+  }
+}
+
+// Finishes eight neighbouring outputs of one token.
+__device__ __forceinline__ void FinishEight(const EpilogueParams& p, int64_t token, int64_t output,
+                                            float (&v)[8]) {
+  if (p.outputs % 8 == 0) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] = Finish(p, output + i, v[i]);
+    StoreEight(static_cast<char*>(p.y) + (token * p.outputs + output) * SizeOf(p.out_dtype), v,
+               p.out_dtype);
+    return;
+  }
+  // Only a transposed product with odd K comes here.
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    if (output + i < p.outputs) FinishOne(p, token, output + i, v[i]);
+  }
+}
+
+// Sums a tile of float32 partial results over the cluster (`splits` CTAs, in rank order, so that
+// the bits never depend on timing) and finishes it; or writes it to the workspace for FinishSplits.
+// `tile` is (kTokens, kOutputs) in shared memory with row stride kStride, complete and synchronized
+// within the CTA.
+template <int kTokens, int kOutputs, int kStride, int kThreads>
+__device__ __forceinline__ void ReduceAndStore(const EpilogueParams& p, const float* tile,
+                                               int64_t token0, int64_t output0, int split,
+                                               int splits, int64_t partial_stride) {
+  constexpr int kEights = kTokens * kOutputs / 8;
+  const int tid = threadIdx.x;
+  int first = 0;
+  int last = kEights;
+#if __CUDA_ARCH__ >= 900
+  const bool cluster = splits > 1 && p.partials == nullptr;
+  if (cluster) {
+    ClusterSync();
+    first = kEights * split / splits;
+    last = kEights * (split + 1) / splits;
+  }
+#endif
+  for (int e = first + tid; e < last; e += kThreads) {
+    const int row = e / (kOutputs / 8);
+    const int column = e % (kOutputs / 8) * 8;
+    const int64_t token = token0 + row;
+    const int64_t output = output0 + column;
+    if (token >= p.m || output >= p.outputs) continue;
+    const float* from = tile + row * kStride + column;
+    float v[8] = {};
+#if __CUDA_ARCH__ >= 900
+    if (cluster) {
+      const uint32_t local = SharedAddress(from);
+      for (int r = 0; r < splits; ++r) {
+        const uint32_t remote = MapToRank(local, r);
+        const float4 a = LoadClusterShared(remote);
+        const float4 b = LoadClusterShared(remote + 16);
+        v[0] += a.x, v[1] += a.y, v[2] += a.z, v[3] += a.w;
+        v[4] += b.x, v[5] += b.y, v[6] += b.z, v[7] += b.w;
+      }
+      FinishEight(p, token, output, v);
+      continue;
+    }
+#endif
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] = from[i];
+    if (p.partials) {
+      float* to = p.partials + split * partial_stride + token * p.outputs + output;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        if (output + i < p.outputs) to[i] = v[i];
+      }
+    } else {
+      FinishEight(p, token, output, v);
+    }
+  }
+#if __CUDA_ARCH__ >= 900
+  if (cluster) ClusterSync();  // a CTA must not leave while others read its shared memory
+#endif
+}
+
+}  // namespace jax_awq

@@ -1,0 +1,167 @@
+// Operands of an FFI call: shapes with an optional leading batch dimension, dtypes, names.
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <string_view>
+#include <vector>
+
+#include "ffi/status.h"
+#include "kernels/types.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_awq {
+
+inline std::optional<DType> FloatType(xla::ffi::DataType dtype) {
+  switch (dtype) {
+    case xla::ffi::DataType::F16:
+      return DType::kF16;
+    case xla::ffi::DataType::BF16:
+      return DType::kBF16;
+    case xla::ffi::DataType::F32:
+      return DType::kF32;
+    default:
+      return std::nullopt;
+  }
+}
+
+inline std::optional<Layout> LayoutFromName(std::string_view name) {
+  if (name == "gemm") return Layout::kGemm;
+  if (name == "oc_major") return Layout::kOcMajor;
+  return std::nullopt;
+}
+
+inline std::optional<Activation> ActivationFromName(std::string_view name) {
+  if (name == "none") return Activation::kNone;
+  if (name == "relu") return Activation::kRelu;
+  if (name == "gelu") return Activation::kGelu;
+  if (name == "gelu_tanh") return Activation::kGeluTanh;
+  if (name == "silu") return Activation::kSilu;
+  return std::nullopt;
+}
+
+// Checks operands of one call against each other and keeps the batch they agree on.
+class OperandChecker {
+ public:
+  explicit OperandChecker(std::string_view op) : op_(op) {}
+
+  int64_t batch() const { return batch_.value_or(1); }
+
+  // Dimensions of `buffer` without its batch dimension; `rank` is that of a single entry.
+  template <typename Buffer>
+  xla::ffi::Error Dimensions(std::string_view name, const Buffer& buffer, size_t rank,
+                             std::vector<int64_t>* dims, bool* batched) {
+    const auto all = buffer.dimensions();
+    if (all.size() != rank && all.size() != rank + 1) {
+      return InvalidArgument(op_, ": ", name, " must have rank ", rank, " or ", rank + 1,
+                             ", got ", all.size());
+    }
+    *batched = all.size() == rank + 1;
+    dims->assign(all.begin() + *batched, all.end());
+    if (*batched) {
+      if (batch_ && *batch_ != all[0]) {
+        return InvalidArgument(op_, ": ", name, " has batch size ", all[0], ", others have ",
+                               *batch_);
+      }
+      batch_ = all[0];
+    }
+    return xla::ffi::Error::Success();
+  }
+
+  // Checks the shape; `stride` becomes the elements from one batch entry to the next, 0 if shared.
+  template <typename Buffer>
+  xla::ffi::Error Shape(std::string_view name, const Buffer& buffer,
+                        std::initializer_list<int64_t> want, int64_t* stride) {
+    std::vector<int64_t> dims;
+    bool batched;
+    JAX_AWQ_RETURN_IF_ERROR(Dimensions(name, buffer, want.size(), &dims, &batched));
+    if (dims != std::vector<int64_t>(want)) {
+      return InvalidArgument(op_, ": ", name, " must have shape ", Text(want), ", got ",
+                             Text(dims));
+    }
+    *stride = 0;
+    if (batched) {
+      *stride = 1;
+      for (int64_t d : dims) *stride *= d;
+    }
+    return xla::ffi::Error::Success();
+  }
+
+  // Checks the three weight tensors against each other and fills `w`.
+  template <typename Scales>
+  xla::ffi::Error Weight(const xla::ffi::Buffer<xla::ffi::S32>& qweight, const Scales& scales,
+                         const xla::ffi::Buffer<xla::ffi::S32>& qzeros, int64_t group_size,
+                         std::string_view layout, AwqWeight* w) {
+    const std::optional<Layout> known = LayoutFromName(layout);
+    if (!known) return InvalidArgument(op_, ": unknown layout ", layout);
+    std::vector<int64_t> dims;
+    bool batched;
+    JAX_AWQ_RETURN_IF_ERROR(Dimensions("qweight", qweight, 2, &dims, &batched));
+    w->layout = *known;
+    w->k = w->layout == Layout::kGemm ? dims[0] : 8 * dims[1];
+    w->n = w->layout == Layout::kGemm ? 8 * dims[1] : dims[0];
+    w->group_size = group_size;
+    if (w->n % 8) return InvalidArgument(op_, ": N=", w->n, " must be a multiple of 8");
+    if (group_size <= 0 || (group_size != w->k && group_size % 32)) {
+      return InvalidArgument(op_, ": group_size must be K or a multiple of 32, got ", group_size);
+    }
+    if (w->k % group_size) {
+      return InvalidArgument(op_, ": K=", w->k, " must be a multiple of group_size ", group_size);
+    }
+    const int64_t groups = w->k / group_size;
+    JAX_AWQ_RETURN_IF_ERROR(
+        Shape("qweight", qweight, {dims[0], dims[1]}, &w->qweight_stride));
+    JAX_AWQ_RETURN_IF_ERROR(Shape("scales", scales, {groups, w->n}, &w->scales_stride));
+    JAX_AWQ_RETURN_IF_ERROR(Float("scales", scales, &w->scales_dtype));
+    w->qweight = qweight.untyped_data();
+    w->scales = scales.untyped_data();
+    if (qzeros.element_count() > 0) {
+      JAX_AWQ_RETURN_IF_ERROR(Shape("qzeros", qzeros, {groups, w->n / 8}, &w->qzeros_stride));
+      w->qzeros = qzeros.untyped_data();
+    }
+    return xla::ffi::Error::Success();
+  }
+
+  // Checks that the result has the batch dimension that the operands have.
+  template <typename Buffer>
+  xla::ffi::Error Result(std::string_view name, const Buffer& buffer,
+                         std::initializer_list<int64_t> want) {
+    const int64_t operands = batch();
+    int64_t stride;
+    JAX_AWQ_RETURN_IF_ERROR(Shape(name, buffer, want, &stride));
+    if (batch() != operands || (stride == 0 && operands != 1)) {
+      return InvalidArgument(op_, ": ", name, " must have batch size ", operands);
+    }
+    return xla::ffi::Error::Success();
+  }
+
+  template <typename Buffer>
+  xla::ffi::Error Float(std::string_view name, const Buffer& buffer, DType* dtype) {
+    const std::optional<DType> found = FloatType(buffer.element_type());
+    if (!found) {
+      return InvalidArgument(op_, ": ", name, " must be float16, bfloat16 or float32");
+    }
+    *dtype = *found;
+    return xla::ffi::Error::Success();
+  }
+
+ private:
+  template <typename Dims>
+  static std::string Text(const Dims& dims) {
+    std::ostringstream text;
+    text << '(';
+    const char* separator = "";
+    for (int64_t d : dims) {
+      text << separator << d;
+      separator = ", ";
+    }
+    text << ')';
+    return text.str();
+  }
+
+  std::string_view op_;
+  std::optional<int64_t> batch_;
+};
+
+}  // namespace jax_awq

@@ -1,0 +1,64 @@
+// y = act(x @ ((q - z) * s) + bias), or x @ ((q - z) * s)^T.
+#pragma once
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "kernels/types.h"
+
+namespace jax_awq {
+
+struct AwqGemmProblem {
+  int64_t m;           // rows of x; 0 while planning: not known yet
+  int64_t n;           // the weight is (K, N), whether or not the product is transposed
+  int64_t k;
+  int64_t batch;       // weights or inputs stacked in front; 1 if none
+  int64_t group_size;  // rows of K that share one scale and zero point; K for a single group
+  Layout layout;
+  DType x_dtype;
+  DType scales_dtype;
+  DType out_dtype;
+  bool has_zeros;  // otherwise every zero point is 8
+  bool transpose;
+  int64_t split_k;       // 0: chosen by the plan
+  std::string variant;   // empty: chosen by the plan
+  bool fused_only;       // "dequantize_dot" is out of the question
+
+  int64_t contraction() const { return transpose ? n : k; }
+  int64_t outputs() const { return transpose ? k : n; }
+};
+
+struct AwqGemmPlan {
+  std::string variant;  // a kernel, or "dequantize_dot" or "reference", which JAX composes
+  int tile_tokens = 0;
+  int tile_outputs = 0;
+  int split_k = 1;
+  bool cluster = false;  // splits meet in a thread block cluster; otherwise in the workspace
+  size_t workspace_bytes = 0;
+  std::vector<std::pair<std::string, std::string>> refused;  // variant, why it cannot run
+};
+
+// Throws std::invalid_argument when problem.variant names a kernel that cannot run the problem.
+// Never needs more than `workspace_limit` bytes: it splits K less instead.
+AwqGemmPlan PlanAwqGemm(const AwqGemmProblem& problem, const Device& device,
+                        size_t workspace_limit = SIZE_MAX);
+
+struct AwqGemmBuffers {
+  AwqWeight weight;
+  const void* x;     // (batch?, M, contraction)
+  const void* bias;  // (batch?, outputs), or nullptr
+  void* y;           // (batch?, M, outputs)
+  void* workspace;   // plan.workspace_bytes
+  // Elements from one batch entry to the next; 0 where all share one.
+  int64_t x_stride;
+  int64_t bias_stride;
+  DType bias_dtype;
+  Activation activation;
+};
+
+// Returns nullptr, or what went wrong.
+const char* LaunchAwqGemm(const AwqGemmProblem& problem, const AwqGemmPlan& plan,
+                          const AwqGemmBuffers& buffers, Stream stream);
+
+}  // namespace jax_awq

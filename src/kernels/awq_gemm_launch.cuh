@@ -1,0 +1,100 @@
+// Between LaunchAwqGemm and the kernel families. Every function returns a CUDA error.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "device/epilogue.cuh"
+#include "kernels/awq_gemm.h"
+
+namespace jax_awq {
+
+cudaError_t LaunchAwqGemmDecode(const AwqGemmProblem&, const AwqGemmPlan&, const AwqGemmBuffers&,
+                                cudaStream_t);
+template <typename T>
+cudaError_t LaunchAwqGemmMma(const AwqGemmProblem&, const AwqGemmPlan&, const AwqGemmBuffers&,
+                             cudaStream_t);
+cudaError_t LaunchAwqGemmSimt(const AwqGemmProblem&, const AwqGemmPlan&, const AwqGemmBuffers&,
+                              cudaStream_t);
+
+// Everything a kernel reads; one grid.z entry per batch entry.
+struct AwqGemmParams {
+  AwqGemmBuffers buffers;
+  int64_t m;
+  int64_t outputs;
+  int64_t contraction;
+  int64_t batch;
+  DType out_dtype;
+  bool scales_are_bf16;
+  bool transpose;
+  int splits;
+  bool cluster;  // splits meet in a cluster; otherwise in the workspace
+
+  // Elements of one batch entry of y.
+  __host__ __device__ int64_t size() const { return m * outputs; }
+};
+
+inline AwqGemmParams MakeParams(const AwqGemmProblem& p, const AwqGemmPlan& plan,
+                                const AwqGemmBuffers& buffers) {
+  return {buffers,     p.m,         p.outputs(),  p.contraction(), p.batch,
+          p.out_dtype, p.scales_dtype == DType::kBF16, p.transpose, plan.split_k, plan.cluster};
+}
+
+// This CTA's weight of the batch.
+__device__ __forceinline__ AwqWeight BatchEntry(const AwqWeight& weight) {
+  const int64_t b = blockIdx.z;
+  AwqWeight w = weight;
+  w.qweight = static_cast<const uint32_t*>(w.qweight) + b * w.qweight_stride;
+  w.scales = static_cast<const char*>(w.scales) + b * w.scales_stride * SizeOf(w.scales_dtype);
+  if (w.qzeros) w.qzeros = static_cast<const uint32_t*>(w.qzeros) + b * w.qzeros_stride;
+  return w;
+}
+
+// What finishes the (M, outputs) result of this CTA's batch entry.
+__device__ __forceinline__ EpilogueParams MakeEpilogue(const AwqGemmParams& p) {
+  const AwqGemmBuffers& buf = p.buffers;
+  const int64_t b = blockIdx.z;
+  EpilogueParams e;
+  e.y = static_cast<char*>(buf.y) + b * p.size() * SizeOf(p.out_dtype);
+  e.bias = buf.bias
+               ? static_cast<const char*>(buf.bias) + b * buf.bias_stride * SizeOf(buf.bias_dtype)
+               : nullptr;
+  e.partials = p.splits > 1 && !p.cluster
+                   ? static_cast<float*>(buf.workspace) + b * p.size()
+                   : nullptr;
+  e.m = p.m;
+  e.outputs = p.outputs;
+  e.out_dtype = p.out_dtype;
+  e.bias_dtype = buf.bias_dtype;
+  e.activation = buf.activation;
+  return e;
+}
+
+// Launches with `splits` CTAs along x meeting in a cluster where the plan says so.
+template <typename Kernel>
+cudaError_t LaunchSplit(Kernel kernel, const AwqGemmParams& params, dim3 grid, int threads,
+                        int shared_bytes, cudaStream_t stream) {
+  if (shared_bytes > 48 * 1024) {
+    // Sets a property of the kernel on the current device: cheap, and no stream work.
+    if (cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                             shared_bytes)) {
+      return e;
+    }
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  cudaLaunchAttribute attribute;
+  if (params.cluster) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = params.splits;
+    attribute.val.clusterDim.y = 1;
+    attribute.val.clusterDim.z = 1;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+  return cudaLaunchKernelEx(&config, kernel, params);
+}
+
+}  // namespace jax_awq

@@ -1,0 +1,164 @@
+// Which kernel runs which problem. Pure host code, so that it can be asked without a GPU.
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "kernels/awq_gemm.h"
+
+namespace jax_awq {
+namespace {
+
+constexpr int kMaxCluster = 8;  // the largest portable cluster (PTX ISA, "cluster dimension")
+constexpr int kMaxGridZ = 65535;
+
+int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Variant {
+  const char* name;
+  int tokens;        // of one tile; 0: no tile
+  int outputs;
+  int depth;         // a split of K is a multiple of this
+  int ctas_per_sm;   // resident at once
+  bool splits;       // can divide the contraction among CTAs
+  const char* (*unsupported)(const AwqGemmProblem&, const Device&);
+};
+
+const char* AnyKernelUnsupported(const AwqGemmProblem& p) {
+  if (p.x_dtype == DType::kF32) return "x is float32";
+  if (p.scales_dtype == DType::kF32) return "scales are float32";
+  if (p.batch > kMaxGridZ) return "more than 65535 batch entries";
+  return nullptr;
+}
+
+const char* TensorCoreUnsupported(const AwqGemmProblem& p, const Device& device) {
+  if (const char* why = AnyKernelUnsupported(p)) return why;
+  if (device.arch < 80) return "needs compute capability 8.0";
+  if (p.contraction() % 8) return "rows of x are not 16-byte aligned";
+  // Rounding a bfloat16 scale to float16 first would round subnormal products twice.
+  if (p.x_dtype == DType::kF16 && p.scales_dtype == DType::kBF16) {
+    return "x is float16 and scales are bfloat16";
+  }
+  return nullptr;
+}
+
+const char* DecodeUnsupported(const AwqGemmProblem& p, const Device& device) {
+  if (const char* why = TensorCoreUnsupported(p, device)) return why;
+  if (p.layout != Layout::kGemm || p.transpose) return "weight is not packed along the outputs";
+  if (p.m > 16) return "more than 16 rows of x";
+  if (p.k % 32 || p.n % 16) return "K is not a multiple of 32 or N not of 16";
+  return nullptr;
+}
+
+const char* SimtUnsupported(const AwqGemmProblem& p, const Device&) {
+  return AnyKernelUnsupported(p);
+}
+
+const char* DequantizeDotUnsupported(const AwqGemmProblem& p, const Device&) {
+  if (const char* why = AnyKernelUnsupported(p)) return why;
+  if (p.fused_only) return "only a fused kernel was asked for";
+  if (p.m == 0) return "the number of rows is not known when the program is lowered";
+  if (p.split_k > 0) return "split_k_iters asks for a fused kernel";
+  return nullptr;
+}
+
+// In the order in which they are tried.
+constexpr Variant kVariants[] = {
+    {"decode", 16, 128, 32, 3, true, DecodeUnsupported},
+    {"mma_32", 32, 128, 64, 3, true, TensorCoreUnsupported},
+    {"mma_64", 64, 128, 64, 2, true, TensorCoreUnsupported},
+    {"mma_128", 128, 128, 64, 2, true, TensorCoreUnsupported},
+    {"dequantize_dot", 0, 0, 0, 0, false, DequantizeDotUnsupported},
+    {"simt", 32, 64, 32, 4, false, SimtUnsupported},
+};
+
+const Variant* Find(const std::string& name) {
+  for (const Variant& v : kVariants) {
+    if (name == v.name) return &v;
+  }
+  return nullptr;
+}
+
+// Rows of x from which dequantizing once and multiplying with the library's dense kernel wins.
+int64_t DequantizeDotFrom(const Device& device) {
+  if (device.arch < 80) return 33;
+  return 257;
+}
+
+const char* Choose(const AwqGemmProblem& p, const Device& device) {
+  const int64_t m = p.m == 0 ? 1 : p.m;
+  if (!DequantizeDotUnsupported(p, device) && m >= DequantizeDotFrom(device)) {
+    return "dequantize_dot";
+  }
+  if (p.m > 0 && !DecodeUnsupported(p, device)) return "decode";
+  if (TensorCoreUnsupported(p, device)) {
+    return SimtUnsupported(p, device) ? "reference" : "simt";
+  }
+  // An unknown number of rows takes the tile that is never far from the best.
+  if (p.m == 0) return "mma_64";
+  return m <= 32 ? "mma_32" : m <= 64 ? "mma_64" : "mma_128";
+}
+
+int ChooseSplit(const AwqGemmProblem& p, const Device& device, const Variant& v) {
+  if (!v.splits) return 1;
+  const int64_t depth_tiles = CeilDiv(p.contraction(), v.depth);
+  if (p.split_k > 0) return static_cast<int>(std::min(p.split_k, depth_tiles));
+  const int64_t m = p.m == 0 ? 1 : p.m;
+  const int64_t ctas = CeilDiv(m, v.tokens) * CeilDiv(p.outputs(), v.outputs) * p.batch;
+  const int64_t slots = static_cast<int64_t>(device.sm_count) * v.ctas_per_sm;
+  const int64_t enough_depth = std::max<int64_t>(1, depth_tiles / 4);
+  int split = 1;
+  while (split < kMaxCluster && ctas * split * 2 <= slots && split * 2 <= enough_depth) split *= 2;
+  return split;
+}
+
+}  // namespace
+
+AwqGemmPlan PlanAwqGemm(const AwqGemmProblem& p, const Device& device, size_t workspace_limit) {
+  AwqGemmPlan plan;
+  for (const Variant& v : kVariants) {
+    if (const char* why = v.unsupported(p, device)) plan.refused.emplace_back(v.name, why);
+  }
+  plan.variant = p.variant.empty() ? Choose(p, device) : p.variant;
+  if (plan.variant == "reference") return plan;
+  const Variant* v = Find(plan.variant);
+  if (v == nullptr) throw std::invalid_argument("awq_gemm: unknown variant " + plan.variant);
+  if (const char* why = v->unsupported(p, device)) {
+    throw std::invalid_argument("awq_gemm: variant " + plan.variant + " cannot run: " + why);
+  }
+  plan.tile_tokens = v->tokens;
+  plan.tile_outputs = v->outputs;
+  if (v->tokens == 0) return plan;
+
+  plan.split_k = ChooseSplit(p, device, *v);
+  plan.cluster = plan.split_k > 1 && plan.split_k <= kMaxCluster && device.arch >= 90;
+  if (plan.split_k > 1 && !plan.cluster) {
+    const size_t partial = static_cast<size_t>(p.batch) * p.m * p.outputs() * sizeof(float);
+    if (p.m > 0) {
+      plan.split_k = static_cast<int>(std::min<size_t>(plan.split_k, workspace_limit / partial));
+    }
+    if (plan.split_k <= 1 || p.m == 0) plan.split_k = 1;
+    if (plan.split_k > 1) plan.workspace_bytes = plan.split_k * partial;
+  }
+  return plan;
+}
+
+int EffectiveArch(int arch) {
+#ifdef JAX_AWQ_REAL_ARCHS
+  // Machine code runs within its major version, PTX on anything later.
+  constexpr int kReal[] = {JAX_AWQ_REAL_ARCHS 0};
+  constexpr int kVirtual[] = {JAX_AWQ_VIRTUAL_ARCHS 0};
+  int best = 0;
+  for (int real : kReal) {
+    if (real <= arch && real / 10 == arch / 10) best = std::max(best, real);
+  }
+  if (best > 0) return best;
+  for (int ptx : kVirtual) {
+    if (ptx <= arch) best = std::max(best, ptx);
+  }
+  return best;
+#else
+  return arch;
+#endif
+}
+
+}  // namespace jax_awq
