@@ -13,6 +13,7 @@ from jax import lax
 # No public name yet: `custom_partitioning` inside a lowering needs the devices of the program, and
 # JAX passes them only to the primitives of this set.
 from jax._src.dispatch import prim_requires_devices_during_lowering
+from jax._src.sharding_impls import parse_flatten_op_sharding  # nor for this, see `_decoded`
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
@@ -76,22 +77,22 @@ def bind_varying(prim: Primitive, *operands: Any, **params: Any) -> list[jax.Arr
 
 
 def apply_explicit(name: str, fn: Rule, *operands: Any, **params: Any) -> tuple[jax.Array, ...]:
-    """`fn(*operands, **params)`, in a shard_map where an operand is split over Explicit axes.
+    """`fn(*operands, **params)`, in a shard_map where the mesh has Explicit axes.
 
-    A split over Auto axes is left to the partitioner, by `custom_partitioning` in the lowering.
+    `custom_partitioning` in the lowering serves Auto axes; XLA refuses it under an Explicit mesh.
     """
-    op, avals = OPS[name], [jax.typeof(o) for o in operands]
-    specs = [a.sharding.spec for a in avals]
-    if all(entry is None for spec in specs for entry in spec):
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.explicit_axes:
         return fn(*operands, **params)
-    mesh = next(a.sharding.mesh for a in avals if any(e is not None for e in a.sharding.spec))
+    op, avals = OPS[name], [jax.typeof(o) for o in operands]
     sharding = op.sharding(*avals, **params)
     ins, outs = _parse(sharding.rule)
-    axes = _split_factors(sharding, ins, [a.shape for a in avals], specs, mesh.shape)
+    axes = _split_factors(sharding, ins, [a.shape for a in avals],
+                          [a.sharding.spec for a in avals], mesh.shape)
     in_specs, out_specs = (tuple(_spec(dims, axes) for dims in terms) for terms in (ins, outs))
     run = jax.shard_map(
-        functools.partial(_on_shard, op, fn, params, _summed_axes(sharding, axes)), mesh=mesh,
-        in_specs=in_specs, out_specs=out_specs, axis_names=set(mesh.explicit_axes))
+        functools.partial(_on_shard, op, fn, params, _summed_axes(sharding, axes)),
+        in_specs=in_specs, out_specs=out_specs)
     return run(*(jax.sharding.reshard(o, NamedSharding(mesh, spec))
                  for o, spec in zip(operands, in_specs, strict=True)))
 
@@ -156,11 +157,15 @@ def _partitioned(op, run, params, *operands):
         return run(*operands, **params)  # nothing to split, and Shardy has no factor of size 0
     sharding = op.sharding(*operands, **params)
     ins, outs = _parse(sharding.rule)
+    # Shardy wants the factors in order of appearance, and no size of one that is a dimension.
+    order = dict.fromkeys(f for dims in ins for dim in dims for f in dim)
+    alone = {dim[0] for dims in ins for dim in dims if len(dim) == 1}
+    sizes = {f: size for f, size in sharding.whole.items() if f not in alone}
 
     def partition(mesh, args, results):
         axes = _split_factors(
             sharding, ins + outs, [a.shape for a in (*args, *results)],
-            [a.sharding.spec for a in (*args, *results)], mesh.shape)
+            [_decoded(mesh, a.sharding) for a in (*args, *results)], mesh.shape)
         named = [tuple(NamedSharding(mesh, _spec(dims, axes)) for dims in terms)
                  for terms in (outs, ins)]
         return mesh, functools.partial(
@@ -168,9 +173,21 @@ def _partitioned(op, run, params, *operands):
 
     fn = custom_partitioning(lambda *args: tuple(run(*args, **params)))
     fn.def_partition(
-        partition=partition, sharding_rule=sharding.rule, reduction_factors=sharding.summed,
-        need_replication_factors=tuple(sharding.whole), **sharding.whole)
+        partition=partition, decode_shardings=False, sharding_rule=sharding.rule, reduction_factors=sharding.summed,
+        need_replication_factors=tuple(f for f in order if f in sharding.whole), **sizes)
     return fn(*operands)
+
+
+def _decoded(mesh, sharding) -> PartitionSpec:
+    """Spec of a sharding that Shardy chose; nothing is split where no spec says it.
+
+    For two groups on four devices Shardy splits half a mesh axis, at which JAX's own decoding
+    (`decode_shardings=True`) fails the compilation.
+    """
+    try:
+        return parse_flatten_op_sharding(sharding._hlo_sharding, mesh)[0]
+    except ValueError:
+        return PartitionSpec()
 
 
 def _on_shard(op, run, params, summed_axes, *operands):
