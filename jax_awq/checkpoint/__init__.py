@@ -1,0 +1,5 @@
+"""Checkpoints as the Hugging Face Hub has them."""
+
+from jax_awq.checkpoint.load import load_hf
+
+__all__ = ["load_hf"]
