@@ -130,8 +130,12 @@ def _transpose(op, bind, cotangents, *operands, **params):
 def _lowering(op, *, on_cuda):
     def rule(ctx, *operands, **params):
         run = functools.partial(_run, op, _first_device(ctx)) if on_cuda else op.reference
-        return mlir.lower_fun(functools.partial(_partitioned, op, run, params),
-                              multiple_results=True)(ctx, *operands)
+        if any(aval.sharding.mesh.explicit_axes for aval in ctx.avals_in):
+            # A vmap over an Explicit axis, which `apply_explicit` does not see.
+            fn = functools.partial(run, **params)
+        else:
+            fn = functools.partial(_partitioned, op, run, params)
+        return mlir.lower_fun(fn, multiple_results=True)(ctx, *operands)
 
     return rule
 
@@ -161,6 +165,10 @@ def _partitioned(op, run, params, *operands):
     order = dict.fromkeys(f for dims in ins for dim in dims for f in dim)
     alone = {dim[0] for dims in ins for dim in dims if len(dim) == 1}
     sizes = {f: size for f, size in sharding.whole.items() if f not in alone}
+    for dims, operand in zip(ins, operands, strict=True):
+        for (lead, *rest), extent in zip(dims, operand.shape, strict=True):
+            if lead not in alone:
+                sizes[lead] = extent // math.prod(sharding.whole[f] for f in rest)
 
     def partition(mesh, args, results):
         axes = _split_factors(

@@ -1,10 +1,11 @@
 """`AWQWeight`: the arrays of one quantized weight as one pytree."""
 
 import dataclasses
+import json
 from typing import Any
 
 import jax
-from jax import Array
+from jax import Array, export
 from jax.tree_util import GetAttrKey, register_pytree_with_keys_class
 
 from jax_awq._checks import check_choice, check_weight
@@ -88,6 +89,13 @@ class AWQWeight:
         leaves = ", ".join(f"{key.name}={_shape_of(value)}"
                            for key, value in self.tree_flatten_with_keys()[0])
         return f"AWQWeight({leaves}, layout={self.layout!r}, group_size={self.group_size})"
+
+
+# Lets `jax.export` store a function that takes or gives an `AWQWeight`; the name is in its files.
+export.register_pytree_node_serialization(
+    AWQWeight, serialized_name="jax_awq.AWQWeight",
+    serialize_auxdata=lambda static: json.dumps(static).encode(),
+    deserialize_auxdata=lambda data: tuple(json.loads(data)))
 
 
 def convert(weight: AWQWeight, layout: str) -> AWQWeight:
