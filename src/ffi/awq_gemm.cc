@@ -30,7 +30,7 @@ ffi::Error AwqGemm(Stream stream, int32_t device_ordinal, ffi::AnyBuffer x,
   AwqGemmBuffers buffers = {};
   AwqWeight& weight = buffers.weight;
   JAX_AWQ_RETURN_IF_ERROR(check.Weight(qweight, scales, qzeros, group_size, layout, &weight));
-  AwqGemmProblem p = {};
+  AwqGemmProblem p;
   p.n = weight.n;
   p.k = weight.k;
   p.group_size = group_size;

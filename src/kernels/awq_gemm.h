@@ -10,20 +10,20 @@
 namespace jax_awq {
 
 struct AwqGemmProblem {
-  int64_t m;           // rows of x; 0 while planning: not known yet
-  int64_t n;           // the weight is (K, N), whether or not the product is transposed
-  int64_t k;
-  int64_t batch;       // weights or inputs stacked in front; 1 if none
-  int64_t group_size;  // rows of K that share one scale and zero point; K for a single group
-  Layout layout;
-  DType x_dtype;
-  DType scales_dtype;
-  DType out_dtype;
-  bool has_zeros;  // otherwise every zero point is 8
-  bool transpose;
-  int64_t split_k;       // 0: chosen by the plan
-  std::string variant;   // empty: chosen by the plan
-  bool fused_only;       // "dequantize_dot" is out of the question
+  int64_t m = 0;           // rows of x; 0 while planning: not known yet
+  int64_t n = 0;           // the weight is (K, N), whether or not the product is transposed
+  int64_t k = 0;
+  int64_t batch = 1;       // weights or inputs stacked in front
+  int64_t group_size = 0;  // rows of K that share one scale and zero point; K for a single group
+  Layout layout = Layout::kGemm;
+  DType x_dtype = DType::kF16;
+  DType scales_dtype = DType::kF16;
+  DType out_dtype = DType::kF16;
+  bool has_zeros = false;  // otherwise every zero point is 8
+  bool transpose = false;
+  int64_t split_k = 0;      // 0: chosen by the plan
+  std::string variant;      // empty: chosen by the plan
+  bool fused_only = false;  // "dequantize_dot" is out of the question
 
   int64_t contraction() const { return transpose ? n : k; }
   int64_t outputs() const { return transpose ? k : n; }
