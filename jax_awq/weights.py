@@ -125,4 +125,4 @@ def convert(weight: AWQWeight, layout: str) -> AWQWeight:
 def _shape_of(leaf: Any) -> str:
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
         return repr(leaf)
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype).__repr__().removeprefix("ShapeDtypeStruct")
+    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
