@@ -1,4 +1,8 @@
 import os
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))  # for contract.py, beside the tests
 
 # Before jax is imported: the sharding tests need a mesh, and a CPU can play eight devices.
 os.environ["XLA_FLAGS"] = (

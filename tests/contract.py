@@ -1,0 +1,139 @@
+"""The cases that the contract tests run for every op of the table."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_awq import AWQWeight, awq_dequantize, awq_gemm
+from jax_awq.testing import Problem, dequantize_float64, random_problem
+
+K, N, M, E = 64, 16, 3, 2  # E: length of every mapped axis
+
+
+def auto_mesh(**sizes: int) -> jax.sharding.Mesh:
+    """Axes that the partitioner may use as it likes; `jax.make_mesh` alone makes Explicit ones."""
+    count = int(np.prod(list(sizes.values())))
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=jax.devices()[:count],
+                         axis_types=(jax.sharding.AxisType.Auto,) * len(sizes))
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """An op with its options bound, as a function of arrays.
+
+    Attributes:
+      fn: the public op on `operands`.
+      exact: the same in float64, by the oracle of `jax_awq.testing`.
+      dense: a plain JAX program of the floating operands, run in their dtype or in float64.
+      floats: positions of the floating operands.
+    """
+
+    op: str
+    fn: Callable[..., jax.Array]
+    exact: Callable[..., np.ndarray]
+    dense: Callable[..., jax.Array]
+    operands: tuple[np.ndarray, ...]
+    floats: tuple[int, ...]
+
+    def another(self, seed: int) -> tuple[np.ndarray, ...]:
+        """Operands of the same shapes with other values."""
+        rng = np.random.default_rng(seed)
+        return tuple(rng.permutation(o.reshape(-1)).reshape(o.shape) for o in self.operands)
+
+    def of_floats(self, *values: Any) -> jax.Array:
+        operands = list(self.operands)
+        for position, value in zip(self.floats, values, strict=True):
+            operands[position] = value
+        return self.fn(*operands)
+
+    @property
+    def float_operands(self) -> tuple[np.ndarray, ...]:
+        return tuple(self.operands[i] for i in self.floats)
+
+
+def _canonical_scales(scales, layout, group_size):
+    return scales if layout != "gemv" else scales[..., :K // group_size].swapaxes(-1, -2)
+
+
+def _dense_weight(weight: AWQWeight, scales, rounded):
+    """``(q - z) * s`` as a function of the scales; `rounded` is the dtype, or None for float64."""
+    ones = dataclasses.replace(weight, scales=np.ones_like(weight.scales))
+    codes = dequantize_float64(ones)
+    scales = jnp.repeat(_canonical_scales(scales, weight.layout, weight.group_size),
+                        weight.group_size, -2)
+    if scales.dtype == jnp.float64:
+        return codes * scales
+    return (codes.astype(np.float32) * scales.astype(jnp.float32)).astype(rounded)
+
+
+_ACTIVATIONS = {None: lambda y: y, "silu": jax.nn.silu, "relu": jax.nn.relu,
+                "gelu": lambda y: jax.nn.gelu(y, approximate=False),
+                "gelu_tanh": lambda y: jax.nn.gelu(y, approximate=True)}
+
+
+def _gemm(seed: int, **options: Any) -> Case:
+    problem = random_problem(np.random.default_rng(seed), M, K, N, group_size=32, **options)
+    weight, out_dtype = problem.weight, problem.out_dtype or problem.x.dtype
+    has_zeros, has_bias = weight.qzeros is not None, problem.bias is not None
+    static = {"layout": weight.layout, "group_size": weight.group_size}
+
+    def arguments(x, qweight, scales, *rest):
+        rest = list(rest)
+        bias = rest.pop() if has_bias else None
+        return x, qweight, scales, rest[0] if has_zeros else None, bias
+
+    def fn(*operands):
+        x, qweight, scales, qzeros, bias = arguments(*operands)
+        return awq_gemm(x, qweight, scales, qzeros, bias=bias, activation=problem.activation,
+                        out_dtype=problem.out_dtype, **static)
+
+    def exact(*operands):
+        x, qweight, scales, qzeros, bias = arguments(*operands)
+        return Problem(x, AWQWeight(qweight, scales, qzeros, **static), bias, problem.activation,
+                       None).float64()
+
+    def dense(x, scales, bias=None):
+        wide = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+        y = jnp.matmul(x, _dense_weight(weight, scales, x.dtype), preferred_element_type=wide)
+        y = y if bias is None else y + bias.astype(wide)
+        return _ACTIVATIONS[problem.activation](y).astype(
+            wide if wide == jnp.float64 else out_dtype)
+
+    arrays = [problem.x, weight.qweight, weight.scales, weight.qzeros, problem.bias]
+    operands = tuple(a for a in arrays if a is not None)
+    floats = (0, 2, len(operands) - 1) if has_bias else (0, 2)
+    return Case("awq_gemm", fn, exact, dense, operands, floats)
+
+
+def _dequantize(seed: int, *, dtype: Any = None, **options: Any) -> Case:
+    weight = random_problem(np.random.default_rng(seed), 0, K, N, group_size=32, **options).weight
+    static = {"layout": weight.layout, "group_size": weight.group_size}
+
+    def fn(*arrays):
+        return awq_dequantize(*arrays, dtype=dtype, **static)
+
+    def exact(*arrays):
+        return dequantize_float64(AWQWeight(*arrays, **static))
+
+    def dense(scales):
+        return _dense_weight(weight, scales, dtype or weight.dtype)
+
+    operands = tuple(a for a in (weight.qweight, weight.scales, weight.qzeros) if a is not None)
+    return Case("awq_dequantize", fn, exact, dense, operands, (1,))
+
+
+CASES = {
+    "gemm": _gemm(0),
+    "gemm-symmetric": _gemm(1, symmetric=True),
+    "gemm-bias-silu": _gemm(2, bias=True, activation="silu"),
+    "gemm-bf16-gelu": _gemm(3, dtype=jnp.bfloat16, activation="gelu"),
+    "gemm-f32out": _gemm(4, bias=True, out_dtype=jnp.float32, layout="oc_major"),
+    "gemm-gemv": _gemm(5, layout="gemv", bias=True, activation="gelu_tanh"),
+    "dequantize": _dequantize(6),
+    "dequantize-symmetric": _dequantize(7, symmetric=True, layout="oc_major"),
+    "dequantize-gemv-f32": _dequantize(8, layout="gemv", dtype=jnp.float32),
+}

@@ -1,0 +1,247 @@
+"""What JAX promises of a function, for every op of the table."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from contract import CASES, E, K, auto_mesh
+from jax.sharding import PartitionSpec as P
+
+from jax_awq import awq_gemm
+from jax_awq._primitive import OPS, OpDef
+from jax_awq.testing import assert_close, random_weight
+
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+
+
+def test_every_op_has_a_case():
+    assert {case.op for case in CASES.values()} == set(OPS)
+
+
+def test_an_op_without_a_rule_cannot_be_defined():
+    with pytest.raises(TypeError, match="missing 9 required keyword-only arguments"):
+        OpDef(name="incomplete")
+
+
+@every_case
+def test_eager_and_jit(case):
+    eager, jitted = case.fn(*case.operands), jax.jit(case.fn)(*case.operands)
+    np.testing.assert_array_equal(eager, jitted)
+    assert_close(eager, case.exact(*case.operands), case.dense(*case.float_operands))
+
+
+# --- vmap
+
+@every_case
+def test_vmap_of_every_subset_of_operands(case):
+    variants = [case.operands, *(case.another(seed) for seed in range(1, E))]
+    count = len(case.operands)
+    for mapped in itertools.product([False, True], repeat=count):
+        if not any(mapped):
+            continue
+        # The mapped axis is the first of one operand, the last of the next.
+        axes = [(-1 if i % 2 else 0) if mapped[i] else None for i in range(count)]
+        operands = [np.stack([v[i] for v in variants], axes[i]) if mapped[i] else case.operands[i]
+                    for i in range(count)]
+        each = [[v[i] if mapped[i] else case.operands[i] for i in range(count)] for v in variants]
+        out_axis = -1 if sum(mapped) % 2 else 0
+        got = jax.vmap(case.fn, axes, out_axis)(*operands)
+        assert_close(got, np.stack([case.exact(*o) for o in each], out_axis),
+                     jnp.stack([case.fn(*o) for o in each], out_axis))
+
+
+@every_case
+def test_nested_vmap(case):
+    """Weights in the inner map and everything in the outer: batches of batches."""
+    variants = [[case.another(2 * i + j) for j in range(E)] for i in range(E)]
+    stacked = [np.stack([np.stack([v[i] for v in row]) for row in variants])
+               for i in range(len(case.operands))]
+    inner = [None, *[0] * (len(case.operands) - 1)]
+    stacked[0] = stacked[0][:, 0]
+    got = jax.vmap(jax.vmap(case.fn, inner))(*stacked)
+    each = [[(variants[i][0][0], *variants[i][j][1:]) for j in range(E)] for i in range(E)]
+    assert_close(got, np.stack([np.stack([case.exact(*o) for o in row]) for row in each]),
+                 jnp.stack([jnp.stack([case.fn(*o) for o in row]) for row in each]))
+
+
+# --- derivatives, against float64
+
+def _loss(fn, cotangent):
+    return lambda *floats: jnp.vdot(fn(*floats).astype(cotangent.dtype), cotangent)
+
+
+def _cotangent(case):
+    shape = jax.eval_shape(case.fn, *case.operands).shape
+    return np.random.default_rng(9).standard_normal(shape).astype(np.float32)
+
+
+def _in_float64(function, case, *more):
+    """Runs `function(dense, floats, *more)` of the case in float64 on the CPU."""
+    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+        wide = [np.asarray(a).astype(np.float64) for a in (*case.float_operands, *more)]
+        count = len(case.floats)
+        result = function(case.dense, wide[:count], *wide[count:])
+        return jax.tree.map(np.asarray, result)
+
+
+@every_case
+def test_grad(case):
+    def gradients(fn, floats, cotangent):
+        return jax.grad(_loss(fn, cotangent), tuple(range(len(floats))))(*floats)
+
+    cotangent = _cotangent(case)
+    exact = _in_float64(gradients, case, cotangent)
+    reference = gradients(case.dense, case.float_operands, cotangent)
+    for run in (gradients, jax.jit(gradients, static_argnums=0)):
+        got = run(case.of_floats, case.float_operands, cotangent)
+        for g, e, r in zip(got, exact, reference, strict=True):
+            assert_close(g, e, r)
+
+
+@every_case
+def test_jvp(case):
+    def tangent_out(fn, floats, *tangents):
+        return jax.jvp(fn, tuple(floats), tuple(tangents))[1]
+
+    rng = np.random.default_rng(10)
+    tangents = [rng.standard_normal(f.shape).astype(np.float32).astype(f.dtype)
+                for f in case.float_operands]
+    for live in [*np.eye(len(tangents)), np.ones(len(tangents))]:
+        some = [t * np.asarray(on, t.dtype) for t, on in zip(tangents, live, strict=True)]
+        assert_close(tangent_out(case.of_floats, case.float_operands, *some),
+                     _in_float64(tangent_out, case, *some),
+                     tangent_out(case.dense, case.float_operands, *some))
+
+
+@every_case
+def test_vmap_of_grad(case):
+    cotangent = _cotangent(case)
+    index = tuple(range(len(case.floats)))
+    stacked = [np.stack([f, f * f.dtype.type(0.5)]) for f in case.float_operands]
+    got = jax.vmap(jax.grad(_loss(case.of_floats, cotangent), index))(*stacked)
+    for i in range(E):
+        one = jax.grad(_loss(case.of_floats, cotangent), index)(*(s[i] for s in stacked))
+        for batched, single in zip(got, one, strict=True):
+            # Folding changes only the order of sums, which the last bits of 16-bit types show.
+            np.testing.assert_allclose(batched[i].astype(np.float32), single.astype(np.float32),
+                                       rtol=2e-2, atol=2e-2 * float(np.abs(single).max()))
+
+
+@every_case
+def test_second_derivatives(case):
+    """Forward over reverse, and reverse over reverse: the rules are closed."""
+    cotangent = _cotangent(case) / 64  # squares stay far below the largest float16
+    floats = [jnp.asarray(f) for f in case.float_operands]
+    direction = [jnp.full_like(f, 1 / 64) for f in floats]
+
+    def square(fn):
+        return lambda *a: (_loss(fn, cotangent)(*a)) ** 2
+
+    def forward_over_reverse(fn):
+        grad = jax.grad(square(fn), tuple(range(len(floats))))
+        return jax.jvp(grad, tuple(floats), tuple(direction))[1]
+
+    def reverse_over_reverse(fn):
+        def directional(*a):
+            g = jax.grad(square(fn), tuple(range(len(floats))))(*a)
+            return sum(jnp.sum(x.astype(jnp.float32)) for x in g)
+        return jax.grad(directional, tuple(range(len(floats))))(*floats)
+
+    for transform in (forward_over_reverse, reverse_over_reverse):
+        for g, r in zip(transform(case.of_floats), transform(case.dense), strict=True):
+            assert g.dtype == r.dtype
+            r = np.asarray(r, np.float32)
+            np.testing.assert_allclose(np.asarray(g, np.float32), r, rtol=0.05,
+                                       atol=0.05 * np.abs(r).max())
+
+
+@every_case
+def test_integers_have_float0_tangents(case):
+    integers = [i for i in range(len(case.operands)) if i not in case.floats]
+    got = jax.grad(lambda *o: case.fn(*o).astype(jnp.float32).sum(), tuple(integers),
+                   allow_int=True)(*case.operands)
+    assert all(g.dtype == jax.dtypes.float0 for g in got)
+
+
+def test_linear_transpose(rng):
+    weight = random_weight(rng, K, 16, group_size=32)
+    x, y = jnp.ones((3, K), jnp.float16), jnp.ones((3, 16), jnp.float16)
+    (dx,) = jax.linear_transpose(lambda x: x @ weight, x)(y)
+    np.testing.assert_array_equal(dx, jax.vjp(lambda x: x @ weight, x)[1](y)[0])
+
+
+# --- control flow
+
+def test_scan_over_layers_with_remat(rng):
+    """A stack of square layers as one scan equals the loop, and so do its gradients."""
+    weights = random_weight(rng, K, K, group_size=32, batch=(3,))
+    x = rng.standard_normal((2, K)).astype(np.float16)
+
+    def layer(x, weight):
+        return awq_gemm(x, weight, activation="silu"), None
+
+    def looped(x):
+        for i in range(3):
+            x, _ = layer(x, jax.tree.map(lambda a, i=i: a[i], weights))
+        return x
+
+    def scanned(x):
+        return jax.lax.scan(jax.checkpoint(layer), x, weights)[0]
+
+    np.testing.assert_array_equal(jax.jit(scanned)(x), looped(x))
+    gradients = [jax.grad(lambda x, f=f: f(x).astype(jnp.float32).sum())(x)
+                 for f in (scanned, looped)]
+    np.testing.assert_allclose(*gradients, rtol=1e-2, atol=1e-4)
+
+
+# --- shard_map
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@every_case
+def test_shard_map(case, check_vma):
+    """Replicated operands in a manual region: the gradient sums over devices, the value does not."""
+    mesh = auto_mesh(i=2)
+    shape = jax.eval_shape(case.fn, *case.operands).shape
+    scale = np.asarray([1, 3], np.float32)
+
+    def local(scale, *floats):
+        return case.of_floats(*floats).astype(jnp.float32)[None] * scale.reshape(1, 1, 1)
+
+    mapped = jax.shard_map(
+        local, mesh=mesh, in_specs=(P("i"), *[P()] * len(case.floats)), out_specs=P("i"),
+        check_vma=check_vma)
+    want = case.fn(*case.operands).astype(jnp.float32)
+    got = jax.jit(mapped)(scale, *case.float_operands)
+    assert got.shape == (2, *shape)
+    np.testing.assert_array_equal(got, want[None] * scale.reshape(2, 1, 1))
+
+    index = tuple(range(len(case.floats)))
+    gradients = jax.jit(jax.grad(lambda *f: mapped(scale, *f).sum(), index))(*case.float_operands)
+    single = jax.grad(lambda *f: 4 * case.of_floats(*f).astype(jnp.float32).sum(), index)(
+        *case.float_operands)
+    for g, s in zip(gradients, single, strict=True):
+        np.testing.assert_allclose(np.asarray(g, np.float32), np.asarray(s, np.float32), rtol=2e-2,
+                                   atol=1e-2 * float(np.abs(np.asarray(s, np.float32)).max()))
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_shard_map_of_a_split_x_and_a_replicated_weight(rng, check_vma):
+    """Operands that vary over different axes are brought together, or gradients would be wrong."""
+    mesh = auto_mesh(m=2, n=2)
+    weight = random_weight(rng, K, 16, group_size=32, dtype=np.float32)
+    x = rng.standard_normal((4, K)).astype(np.float32)
+    columns = jax.tree.map(lambda _: P(None, "n"), weight)
+    mapped = jax.shard_map(awq_gemm, mesh=mesh, in_specs=(P("m"), columns),
+                           out_specs=P("m", "n"), check_vma=check_vma)
+
+    def loss(fn, x, scales):
+        return (fn(x, jax.tree.unflatten(jax.tree.structure(weight), [
+            weight.qweight, scales, weight.qzeros])) ** 2).sum()
+
+    np.testing.assert_allclose(jax.jit(mapped)(x, weight), awq_gemm(x, weight), rtol=1e-6)
+    for got, want in zip(*(jax.jit(jax.grad(functools.partial(loss, fn), (0, 1)))(
+            x, weight.scales) for fn in (mapped, awq_gemm)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)

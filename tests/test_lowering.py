@@ -1,0 +1,272 @@
+"""What is lowered for CUDA, seen on a machine without a GPU, and what `plan` says of it."""
+
+import re
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from contract import K, N, auto_mesh
+from jax import export
+from jax.sharding import PartitionSpec as P
+
+import jax_awq
+from jax_awq import AWQWeight, KernelPlan, _ffi, awq_gemm, build_info, plan
+from jax_awq.testing import random_problem, random_weight
+
+WORKSPACE = 4096
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """Stands in for the compiled planning code, and collects what it is asked."""
+    asked = []
+
+    def plan_awq_gemm(**kwargs):
+        asked.append(kwargs)
+        return {"variant": kwargs["variant"] or "mma_32", "tile": (32, 128), "split_k": 2,
+                "workspace_bytes": WORKSPACE, "refused": {"decode": "more than 16 rows of x"}}
+
+    monkeypatch.setattr(_ffi, "_ext", types.SimpleNamespace(
+        plan_awq_gemm=plan_awq_gemm, driver_problem=lambda: ""))
+    return asked
+
+
+def lowered(fn, *args, platforms=("cuda",)):
+    return jax.jit(fn).trace(*args).lower(lowering_platforms=platforms).as_text()
+
+
+def custom_calls(text):
+    return [line.strip() for line in text.splitlines() if "@jax_awq." in line]
+
+
+def attributes(call):
+    inside = re.search(r"mhlo.backend_config = \{(.*?)\}", call)[1]
+    return dict(item.split(" = ", 1) for item in inside.split(", "))
+
+
+@pytest.mark.parametrize("layout", ["gemm", "gemv", "oc_major"])
+def test_one_custom_call_with_its_workspace(rng, planned, layout):
+    p = random_problem(rng, 20, K, N, group_size=32, layout=layout, bias=True)
+    (call,) = custom_calls(lowered(
+        lambda x, w, b: awq_gemm(x, w, bias=b, activation="silu", split_k_iters=4),
+        p.x, p.weight, p.bias))
+    assert "@jax_awq.awq_gemm(" in call
+    assert attributes(call) == {
+        "activation": '"silu"', "group_size": "32 : i64", "split_k": "4 : i64",
+        "layout": '"gemm"' if layout == "gemm" else '"oc_major"', "transpose": "false",
+        "variant": '""'}
+    qweight = f"tensor<{K}x{N // 8}xi32>" if layout == "gemm" else f"tensor<{N}x{K // 8}xi32>"
+    assert call.endswith(
+        f": (tensor<20x{K}xf16>, {qweight}, tensor<2x{N}xf16>, tensor<2x{N // 8}xi32>, "
+        f"tensor<{N}xf16>) -> (tensor<20x{N}xf16>, tensor<{WORKSPACE}xui8>)")
+    assert planned[-1] == {
+        "m": 20, "n": N, "k": K, "batch": 1, "group_size": 32,
+        "layout": "gemm" if layout == "gemm" else "oc_major", "x_dtype": "float16",
+        "scales_dtype": "float16", "out_dtype": "float16", "has_zeros": True, "transpose": False,
+        "split_k": 4, "variant": "", "arch": 90, "sm_count": 132}
+
+
+@pytest.mark.usefixtures("planned")
+class TestCustomCalls:
+    def test_typed_api_in_hlo(self, rng):
+        p = random_problem(rng, 20, K, N, group_size=32)
+        text = jax.jit(lambda x, w: x @ w).trace(p.x, p.weight).lower(
+            lowering_platforms=("cuda",)).compiler_ir("hlo").as_hlo_text()
+        assert text.count("api_version=API_VERSION_TYPED_FFI") == 1
+
+    def test_absent_operands_are_empty(self, rng):
+        p = random_problem(rng, 20, K, N, group_size=-1, symmetric=True, dtype=jnp.bfloat16)
+        (call,) = custom_calls(lowered(lambda x, w: x @ w, p.x, p.weight))
+        assert f"tensor<1x{N}xbf16>, tensor<0xi32>, tensor<0xbf16>) ->" in call
+        assert attributes(call)["group_size"] == f"{K} : i64"
+
+    def test_gradient_is_the_transposed_product(self, rng):
+        p = random_problem(rng, 20, K, N, group_size=32)
+        (call,) = custom_calls(lowered(
+            jax.grad(lambda x, w: (x @ w).astype(jnp.float32).sum()), p.x, p.weight))
+        assert attributes(call)["transpose"] == "true"
+        assert f"-> (tensor<20x{K}xf16>," in call
+
+    def test_vmap_over_x_folds_into_rows(self, rng):
+        p = random_problem(rng, (3, 4), K, N, group_size=32)
+        (call,) = custom_calls(lowered(jax.vmap(lambda x: x @ p.weight), p.x))
+        assert f": (tensor<12x{K}xf16>," in call
+
+    def test_vmap_over_weights_is_a_batch_of_the_kernel(self, rng):
+        p = random_problem(rng, 20, K, N, group_size=32)
+        stacked = random_weight(rng, K, N, group_size=32, batch=(3,))
+        (call,) = custom_calls(lowered(jax.vmap(awq_gemm, (None, 0)), p.x, stacked))
+        assert f": (tensor<20x{K}xf16>, tensor<3x{K}x{N // 8}xi32>" in call
+        assert f"-> (tensor<3x20x{N}xf16>" in call
+
+    @pytest.mark.parametrize("check_vma", [True, False])
+    def test_shard_map(self, rng, check_vma):
+        p = random_problem(rng, 20, K, N, group_size=32)
+        fn = jax.shard_map(
+            awq_gemm, mesh=auto_mesh(m=2, n=2), check_vma=check_vma, out_specs=P("m", "n"),
+            in_specs=(P("m"), jax.tree.map(lambda _: P(None, "n"), p.weight)))
+        (call,) = custom_calls(lowered(fn, p.x, p.weight))
+        assert f"-> (tensor<10x{N // 2}xf16>" in call
+
+    def test_dequantize(self, rng):
+        weight = random_weight(rng, K, N, group_size=32)
+        (call,) = custom_calls(lowered(lambda w: w.dequantize(jnp.float32), weight))
+        assert "@jax_awq.awq_dequantize(" in call
+        assert attributes(call) == {"group_size": "32 : i64", "layout": '"gemm"'}
+        assert call.endswith(f"-> tensor<{K}x{N}xf32>")
+
+    def test_forced_variant_is_an_attribute(self, rng, monkeypatch):
+        p = random_problem(rng, 20, K, N, group_size=32)
+        monkeypatch.setenv("JAX_AWQ_FORCE", "simt")
+        (call,) = custom_calls(lowered(lambda x, w: x @ w, p.x, p.weight))
+        assert attributes(call)["variant"] == '"simt"'
+
+    def test_dequantize_dot(self, rng, monkeypatch):
+        p = random_problem(rng, 20, K, N, group_size=32, layout="oc_major")
+        monkeypatch.setenv("JAX_AWQ_FORCE", "dequantize_dot")
+        text = lowered(lambda x, w: x @ w, p.x, p.weight)
+        (call,) = custom_calls(text)
+        assert "@jax_awq.awq_dequantize(" in call
+        assert text.count("stablehlo.dot_general") == 1
+
+    def test_forced_reference(self, rng, monkeypatch):
+        p = random_problem(rng, 20, K, N, group_size=32)
+        monkeypatch.setenv("JAX_AWQ_FORCE", "reference")
+        assert not custom_calls(lowered(lambda x, w: x @ w, p.x, p.weight))
+        assert not custom_calls(lowered(AWQWeight.dequantize, p.weight))
+
+    @pytest.mark.parametrize("rows", [0, (2, 0)])
+    def test_nothing_is_launched_for_no_rows(self, rng, rows):
+        p = random_problem(rng, rows, K, N, group_size=32)
+        assert not custom_calls(lowered(lambda x, w: x @ w, p.x, p.weight))
+
+
+# --- export
+
+CHECKS = [export.DisabledSafetyCheck.custom_call("jax_awq.awq_gemm")]
+
+
+def test_export_for_both_platforms_and_reload(rng, planned):
+    p = random_problem(rng, 5, K, N, group_size=32)
+    exported = export.export(jax.jit(lambda x, w: x @ w), platforms=("cpu", "cuda"),
+                             disabled_checks=CHECKS)(p.x, p.weight)
+    assert len(custom_calls(exported.mlir_module())) == 1
+    again = export.deserialize(exported.serialize(vjp_order=1))
+    np.testing.assert_array_equal(again.call(p.x, p.weight), p.run())
+
+    def loss(fn):
+        return lambda x: fn(x, p.weight).astype(jnp.float32).sum()
+
+    np.testing.assert_array_equal(jax.grad(loss(again.call))(p.x), jax.grad(loss(awq_gemm))(p.x))
+
+
+@pytest.mark.parametrize("spec", ["b", "b, 3"])
+@pytest.mark.parametrize("over", ["rows", "vmap"])
+def test_export_with_a_symbolic_batch(rng, planned, spec, over):
+    weight = random_weight(rng, K, N, group_size=32)
+    fn = awq_gemm if over == "rows" else jax.vmap(awq_gemm, (0, None))
+    x = jax.ShapeDtypeStruct(export.symbolic_shape(f"{spec}, {K}"), jnp.float16)
+    exported = export.export(jax.jit(fn), platforms=("cpu", "cuda"), disabled_checks=CHECKS)(
+        x, weight)
+    assert planned[-1]["m"] == 0 or over == "vmap"
+    concrete = rng.standard_normal((4, *x.shape[1:])).astype(np.float16)
+    got = export.deserialize(exported.serialize()).call(concrete, weight)
+    assert got.shape == (4, *x.shape[1:-1], N)
+    np.testing.assert_allclose(got, awq_gemm(concrete, weight), rtol=1e-2, atol=1e-3)
+
+
+# --- plan
+
+def test_plan_of_a_fused_kernel(rng, planned):
+    p = random_problem(rng, (2, 10), K, N, group_size=32)
+    shapes = jax.eval_shape(lambda *a: a, p.x, p.weight)
+    assert plan("awq_gemm", *shapes, activation="silu", device="sm_90") == KernelPlan(
+        op="awq_gemm", route="fused", kernel="mma_32", tile=(32, 128), split_k=2,
+        workspace_bytes=WORKSPACE, accumulator="float32", deterministic=True,
+        refused={"decode": "more than 16 rows of x"}, reason="")
+    plan("awq_gemm", *shapes, bias=jnp.zeros(N), device="sm_80")
+    assert (planned[-1]["m"], planned[-1]["arch"]) == (20, 80)
+    assert plan("awq_dequantize", shapes[1], device="sm_90a").route == "fused"
+
+
+def test_plan_says_why_the_reference_runs(rng, planned, monkeypatch):
+    p = random_problem(rng, 5, K, N, group_size=32)
+    cpu = jax.devices("cpu")[0]
+    assert plan("awq_gemm", p.x, p.weight, device=cpu).reason == (
+        "there is no kernel for platform cpu")
+    assert plan("awq_gemm", p.x[:0], p.weight, device="sm_90").reason == (
+        "an operand or the result is empty")
+    wide = random_weight(rng, K, N, group_size=32, dtype=np.float32)
+    assert plan("awq_dequantize", wide, device="sm_90").reason == "scales are float32"
+    monkeypatch.setenv("JAX_AWQ_FORCE", "reference")
+    assert plan("awq_gemm", p.x, p.weight, device="sm_90").reason == "JAX_AWQ_FORCE is reference"
+
+
+def test_without_the_compiled_part_the_reference_runs(rng, monkeypatch):
+    monkeypatch.setattr(_ffi, "_ext", None)
+    monkeypatch.setattr(_ffi, "MISSING", "the compiled part of jax_awq cannot be imported: gone")
+    p = random_problem(rng, 5, K, N, group_size=32)
+    assert not custom_calls(lowered(lambda x, w: x @ w, p.x, p.weight))
+    found = plan("awq_gemm", p.x, p.weight, device="sm_90")
+    assert (found.route, found.reason) == ("reference", _ffi.MISSING)
+    info = build_info()
+    assert (info["cuda"], info["missing"]) == (False, _ffi.MISSING)
+
+
+def test_an_old_driver_is_told_once(monkeypatch):
+    _ffi._driver_problem.cache_clear()
+    monkeypatch.setattr(_ffi, "TARGETS", ("jax_awq.awq_gemm",))
+    monkeypatch.setattr(_ffi, "_ext", types.SimpleNamespace(
+        driver_problem=lambda: "driver 535 is too old for CUDA 13.0"))
+    with pytest.warns(UserWarning, match=r"^jax_awq: driver 535 .*; the plain JAX reference runs"):
+        assert _ffi.unavailable(on_device=True) == "driver 535 is too old for CUDA 13.0"
+    assert _ffi.unavailable(on_device=True)  # a second warning would be an error here
+    assert not _ffi.unavailable(on_device=False)
+    _ffi._driver_problem.cache_clear()
+
+
+def test_a_build_without_kernels_still_lowers_for_elsewhere(monkeypatch):
+    monkeypatch.setattr(_ffi, "TARGETS", ())
+    monkeypatch.setattr(_ffi, "_ext", types.SimpleNamespace())
+    assert "JAX_AWQ_CUDA=OFF" in _ffi.unavailable(on_device=True)
+    assert not _ffi.unavailable(on_device=False)
+
+
+def test_plan_errors(rng):
+    with pytest.raises(ValueError, match=r"^plan: op must be one of \['awq_dequantize', "
+                                         r"'awq_gemm'\], got 'awq_gem'$"):
+        plan("awq_gem")
+    with pytest.raises(ValueError, match=r"^plan: device must look like 'sm_90', got 'H200'$"):
+        plan("awq_gemm", np.ones((1, K), np.float16), random_weight(rng, K, N, group_size=32),
+             device="H200")
+
+
+# --- the compiled planning code itself
+
+@pytest.mark.skipif(_ffi._ext is None, reason=_ffi.MISSING or "built")
+def test_the_compiled_part_plans_and_lowers(rng):
+    p = random_problem(rng, 4, 4096, 4096, group_size=128)
+    found = plan("awq_gemm", p.x, p.weight, device="sm_90")
+    assert found.route == "fused"
+    assert set(found.refused) < {"decode", "mma_32", "mma_64", "mma_128", "simt", "dequantize_dot"}
+    (call,) = custom_calls(lowered(lambda x, w: x @ w, p.x, p.weight))
+    assert f"tensor<{max(found.workspace_bytes, 16)}xui8>" in call
+    large = jax.ShapeDtypeStruct((8192, 4096), np.float16)
+    assert plan("awq_gemm", large, p.weight, device="sm_90").route == "dequantize_dot"
+    single = plan("awq_gemm", p.x.astype(np.float32), p.weight, device="sm_90")
+    assert (single.route, single.reason) == ("reference", "x is float32")
+
+
+@pytest.mark.skipif(_ffi._ext is None, reason=_ffi.MISSING or "built")
+def test_a_variant_that_cannot_run_is_an_error(rng, monkeypatch):
+    p = random_problem(rng, 64, K, N, group_size=32)
+    monkeypatch.setenv("JAX_AWQ_FORCE", "decode")
+    with pytest.raises(ValueError, match="decode"):
+        plan("awq_gemm", p.x, p.weight, device="sm_90")
+
+
+def test_public_names_are_sorted():
+    assert jax_awq.__all__ == sorted(jax_awq.__all__)
+    assert all(getattr(jax_awq, name) for name in jax_awq.__all__)
