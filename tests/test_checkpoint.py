@@ -9,19 +9,18 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors import safe_open
-from safetensors.numpy import save_file
+from checkpoints import CONFIG, LINEAR, write, write_shards
+from safetensors.numpy import load_file
 
 import jax_awq
 
 GOLDEN = Path(__file__).parent / "golden"
 LLAMA = GOLDEN / "llama-awq-gemm-g128"
-SHA256 = {name: entry["sha256_fp16_le_ic_major"] for name, entry in json.loads(
-    (LLAMA / "expected_dequant_sha256.json").read_text()).items()}
+SHA256 = {
+    name: entry["sha256_fp16_le_ic_major"]
+    for name, entry in json.loads((LLAMA / "expected_dequant_sha256.json").read_text()).items()
+}
 VECTORS = {"ic256_oc64_g128": 128, "ic512_oc192_g128": 128, "ic384_oc128_g64": 64}
-LINEAR = "model.layers.0.mlp.up_proj"
-CONFIG = {"bits": 4, "group_size": 128, "zero_point": True, "version": "gemm",
-          "quant_method": "awq"}
 
 
 @pytest.fixture(scope="module")
@@ -30,37 +29,22 @@ def llama():
 
 
 def vectors(case):
-    with safe_open(GOLDEN / "packed_vectors.safetensors", "np") as file:
-        return {key.removeprefix(f"{case}/"): file.get_tensor(key)
-                for key in file.keys() if key.startswith(case)}  # noqa: SIM118
+    tensors = load_file(GOLDEN / "packed_vectors.safetensors")
+    return {
+        key.removeprefix(f"{case}/"): value
+        for key, value in tensors.items()
+        if key.startswith(case)
+    }
 
 
 def linear(case="ic256_oc64_g128", version="gemm"):
     """Tensors of one linear as they are in a checkpoint, by full name."""
-    return {f"{LINEAR}.{key.removeprefix(f'{version}/')}": value
-            for key, value in vectors(case).items()
-            if key.startswith(f"{version}/") and key.rpartition("/")[2] in (
-                "qweight", "qzeros", "scales", "bias")}
-
-
-def write(folder, tensors, config=CONFIG, file="model.safetensors"):
-    folder.mkdir(exist_ok=True)
-    save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()},
-              folder / file)
-    if config is not None:
-        (folder / "config.json").write_text(json.dumps({"quantization_config": config}))
-    return folder
-
-
-def write_shards(folder, *shards, weight_map=None):
-    found = {}
-    for number, tensors in enumerate(shards, 1):
-        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        write(folder, tensors, CONFIG, name)
-        found |= dict.fromkeys(tensors, name)
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": found | (weight_map or {})}))
-    return folder
+    return {
+        f"{LINEAR}.{key.removeprefix(f'{version}/')}": value
+        for key, value in vectors(case).items()
+        if key.startswith(f"{version}/")
+        and key.rpartition("/")[2] in ("qweight", "qzeros", "scales", "bias")
+    }
 
 
 def digest(array):
@@ -72,6 +56,7 @@ def assert_same_bits(actual, expected):
 
 
 # What other tools wrote
+
 
 def test_llama_has_every_tensor(llama):
     assert {n for n, v in llama.items() if isinstance(v, jax_awq.AWQWeight)} == set(SHA256)
@@ -111,62 +96,78 @@ def test_llama_linear_outputs(llama, module):
     expected = np.load(LLAMA / "expected_linears.npz")
     x, y = expected[f"linear_in/{name}"], expected[f"linear_out/{name}"]
     # golden/README.md states 1e-3 for outputs of standard deviation 3.1.
-    np.testing.assert_allclose(np.asarray(jax_awq.awq_gemm(jnp.asarray(x), llama[name])), y,
-                               rtol=0, atol=1e-3 * max(1, y.std() / 3.1))
+    np.testing.assert_allclose(
+        np.asarray(jax_awq.awq_gemm(jnp.asarray(x), llama[name])),
+        y,
+        rtol=0,
+        atol=1e-3 * max(1, y.std() / 3.1),
+    )
 
 
 @pytest.mark.parametrize("version", ["gemm", "gemv"])
 @pytest.mark.parametrize("case", VECTORS)
 def test_packed_vectors(tmp_path, case, version):
     data = vectors(case)
-    loaded = jax_awq.load_hf(write(tmp_path, linear(case, version), {
-        **CONFIG, "group_size": VECTORS[case], "version": version}))
+    loaded = jax_awq.load_hf(
+        write(
+            tmp_path,
+            linear(case, version),
+            {**CONFIG, "group_size": VECTORS[case], "version": version},
+        )
+    )
     weight = loaded[LINEAR]
     assert weight.layout == version
     assert weight.group_size == VECTORS[case]
     assert_same_bits(weight.dequantize(), data["fake_quant_fp16_oc_ic"].T)
-    assert_same_bits(jax_awq.convert(weight, "oc_major").dequantize(),
-                     data["fake_quant_fp16_oc_ic"].T)
+    assert_same_bits(
+        jax_awq.convert(weight, "oc_major").dequantize(), data["fake_quant_fp16_oc_ic"].T
+    )
     bias = loaded.get(f"{LINEAR}.bias")
     assert (bias is None) == (case != "ic512_oc192_g128")
     y = jax_awq.awq_gemm(data["x_fp16"], weight, bias=bias, out_dtype=jnp.float32)
     # The same float16 weights, float32 sums: only the order of summation differs.
-    np.testing.assert_allclose(np.asarray(y), data["y_fp32"], rtol=0,
-                               atol=1e-5 * np.abs(data["y_fp32"]).max())
+    np.testing.assert_allclose(
+        np.asarray(y), data["y_fp32"], rtol=0, atol=1e-5 * np.abs(data["y_fp32"]).max()
+    )
 
 
 # What a checkpoint may look like
 
+
 def test_shards(tmp_path):
     tensors = linear() | {"model.norm.weight": np.ones(4, np.float16)}
     names = list(tensors)
-    folder = write_shards(tmp_path, {n: tensors[n] for n in names[:2]},
-                          {n: tensors[n] for n in names[2:]})
+    folder = write_shards(
+        tmp_path, {n: tensors[n] for n in names[:2]}, {n: tensors[n] for n in names[2:]}
+    )
     loaded = jax_awq.load_hf(folder)
     assert set(loaded) == {LINEAR, "model.norm.weight"}
-    assert_same_bits(loaded[LINEAR].dequantize(), vectors("ic256_oc64_g128")[
-        "fake_quant_fp16_oc_ic"].T)
+    assert_same_bits(
+        loaded[LINEAR].dequantize(), vectors("ic256_oc64_g128")["fake_quant_fp16_oc_ic"].T
+    )
 
 
 def test_other_artefacts_are_left_alone(tmp_path):
     folder = write_shards(tmp_path, linear())
-    write(folder, linear(), CONFIG, "consolidated.safetensors")
+    write(folder, linear(), file="consolidated.safetensors")
     assert set(jax_awq.load_hf(folder)) == {LINEAR}
 
 
 def test_old_quant_config(tmp_path):
     write(tmp_path, linear(), None)
     (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "quant_config.json").write_text(json.dumps(
-        {"w_bit": 4, "q_group_size": 128, "zero_point": True, "version": "GEMM"}))
+    (tmp_path / "quant_config.json").write_text(
+        json.dumps({"w_bit": 4, "q_group_size": 128, "zero_point": True, "version": "GEMM"})
+    )
     assert jax_awq.load_hf(tmp_path)[LINEAR].group_size == 128
 
 
 @pytest.mark.parametrize("version", ["gemm", "gemv"])
 def test_version_from_the_tensors_alone(tmp_path, version):
     config = {k: v for k, v in CONFIG.items() if k != "version"}
-    assert jax_awq.load_hf(write(tmp_path, linear(version=version), config))[
-        LINEAR].layout == version
+    assert (
+        jax_awq.load_hf(write(tmp_path, linear(version=version), config))[LINEAR].layout == version
+    )
 
 
 def test_bfloat16_scales_and_dtype(tmp_path):
@@ -185,8 +186,9 @@ def test_whole_k_and_no_zeros(tmp_path):
     tensors = linear()
     tensors[f"{LINEAR}.scales"] = tensors[f"{LINEAR}.scales"][:1]
     del tensors[f"{LINEAR}.qzeros"]
-    weight = jax_awq.load_hf(write(
-        tmp_path, tensors, {**CONFIG, "group_size": -1, "zero_point": False}))[LINEAR]
+    weight = jax_awq.load_hf(
+        write(tmp_path, tensors, {**CONFIG, "group_size": -1, "zero_point": False})
+    )[LINEAR]
     assert weight.qzeros is None
     assert weight.shape == (256, 64)
 
@@ -213,14 +215,20 @@ def test_progress_only_if_asked(tmp_path, capsys, shown):
 @pytest.mark.parametrize("case", VECTORS)
 def test_gemv_fast_is_refused(tmp_path, case):
     config = {**CONFIG, "group_size": VECTORS[case], "version": "gemv_fast"}
-    with pytest.raises(ValueError, match=rf"{LINEAR}.qweight in .*model.safetensors is in AutoAWQ "
-                                         "gemv_fast .* not read; the formats that are: gemm, gemv"):
+    with pytest.raises(
+        ValueError,
+        match=rf"{LINEAR}.qweight in .*model.safetensors is in AutoAWQ "
+        "gemv_fast .* not read; the formats that are: gemm, gemv",
+    ):
         jax_awq.load_hf(write(tmp_path, linear(case, "gemv_fast"), config))
 
 
 def test_gemv_padding_must_be_there(tmp_path):
     tensors = linear("ic384_oc128_g64", "gemv")
     tensors[f"{LINEAR}.scales"] = tensors[f"{LINEAR}.scales"][:, :8]
-    with pytest.raises(ValueError, match=r"scales in .* must have shape \(128, 16\), got "
-                                         r"\(128, 8\), for K=384, N=128"):
+    with pytest.raises(
+        ValueError,
+        match=r"scales in .* must have shape \(128, 16\), got "
+        r"\(128, 8\), for K=384, N=128",
+    ):
         jax_awq.load_hf(write(tmp_path, tensors, {**CONFIG, "group_size": 64, "version": "gemv"}))

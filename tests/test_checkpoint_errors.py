@@ -1,53 +1,15 @@
-"""`load_hf` refuses every defect of a checkpoint with one error that names tensor and file."""
+"""`load_hf` refuses every defect of tensors and configuration with one error that names them."""
 
 import json
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from checkpoints import CONFIG, LINEAR, linear, write
 
 import jax_awq
 
-LINEAR = "model.layers.0.mlp.up_proj"
-CONFIG = {"bits": 4, "group_size": 128, "zero_point": True, "version": "gemm",
-          "quant_method": "awq"}
-
-
-def linear():
-    """A whole linear with K=256, N=64."""
-    rng = np.random.default_rng(0)
-    return {f"{LINEAR}.qweight": jax_awq.pack_int4(rng.integers(0, 16, (256, 64))),
-            f"{LINEAR}.qzeros": jax_awq.pack_int4(rng.integers(0, 16, (2, 64))),
-            f"{LINEAR}.scales": rng.uniform(0.01, 0.02, (2, 64)).astype(np.float16)}
-
-
-def write(folder, tensors, config=CONFIG, file="model.safetensors"):
-    save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()},
-              folder / file)
-    if config is not None:
-        (folder / "config.json").write_text(json.dumps({"quantization_config": config}))
-    return folder
-
-
-def halves():
-    tensors = linear()
-    first = {f"{LINEAR}.qweight": tensors.pop(f"{LINEAR}.qweight"),
-             "model.norm.weight": np.ones(4, np.float16)}
-    return first, tensors
-
-
-def write_shards(folder, *shards, weight_map=None):
-    found = {}
-    for number, tensors in enumerate(shards, 1):
-        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        write(folder, tensors, file=name)
-        found |= dict.fromkeys(tensors, name)
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": found | (weight_map or {})}))
-    return folder
-
-
 # Defects of the tensors: every message names the tensor and the file
+
 
 def without(part):
     return lambda t: t.pop(f"{LINEAR}.{part}")
@@ -60,6 +22,7 @@ def put(name, array):
 def change(part, function):
     def edit(tensors):
         tensors[f"{LINEAR}.{part}"] = function(tensors[f"{LINEAR}.{part}"])
+
     return edit
 
 
@@ -74,41 +37,72 @@ def marlin(tensors):
 
 def compressed(tensors):
     tensors.clear()
-    tensors |= {f"{LINEAR}.weight_packed": np.zeros((64, 32), np.int32),
-                f"{LINEAR}.weight_scale": np.zeros((64, 2), np.float16)}
+    tensors |= {
+        f"{LINEAR}.weight_packed": np.zeros((64, 32), np.int32),
+        f"{LINEAR}.weight_scale": np.zeros((64, 2), np.float16),
+    }
 
 
 DEFECTS = {
     "no_qzeros": (without("qzeros"), "qzeros", "is missing"),
     "no_scales": (without("scales"), "scales", "is missing"),
     "no_qweight": (without("qweight"), "qweight", "is missing"),
-    "scales_alone": (lambda t: (without("qweight")(t), without("qzeros")(t)), "qweight",
-                     "is missing"),
-    "short_scales": (change("scales", lambda a: a[:1]), "scales",
-                     r"must have shape \(2, 64\), got \(1, 64\)"),
-    "narrow_scales": (change("scales", lambda a: a[:, :56]), "scales",
-                      r"must have shape \(2, 64\), got \(2, 56\)"),
-    "transposed_qzeros": (change("qzeros", np.transpose), "qzeros",
-                          r"must have shape \(2, 8\), got \(8, 2\)"),
+    "scales_alone": (
+        lambda t: (without("qweight")(t), without("qzeros")(t)),
+        "qweight",
+        "is missing",
+    ),
+    "short_scales": (
+        change("scales", lambda a: a[:1]),
+        "scales",
+        r"must have shape \(2, 64\), got \(1, 64\)",
+    ),
+    "narrow_scales": (
+        change("scales", lambda a: a[:, :56]),
+        "scales",
+        r"must have shape \(2, 64\), got \(2, 56\)",
+    ),
+    "transposed_qzeros": (
+        change("qzeros", np.transpose),
+        "qzeros",
+        r"must have shape \(2, 8\), got \(8, 2\)",
+    ),
     "flat_qweight": (change("qweight", np.ravel), "qweight", "must have 2 dimensions"),
     "float_qzeros": (change("qzeros", lambda a: a.astype(np.float32)), "qzeros", "must be I32"),
-    "integer_scales": (change("scales", lambda a: a.astype(np.int32)), "scales",
-                       "must be F16 or BF16 or F32, got I32"),
-    "k_not_grouped": (change("qweight", lambda a: a[:192]), "scales",
-                      "group_size must be -1 or a divisor of K=192, got 128"),
-    "bad_bias": (put(f"{LINEAR}.bias", np.zeros(8, np.float16)), "bias",
-                 r"must have shape \(64,\), got \(8,\)"),
-    "weight_beside": (put(f"{LINEAR}.weight", np.zeros((64, 256), np.float16)), "weight",
-                      "is unused"),
-    "stray_part": (put(f"{LINEAR}.input_scale", np.zeros(1, np.float16)), "input_scale",
-                   "is unused"),
+    "integer_scales": (
+        change("scales", lambda a: a.astype(np.int32)),
+        "scales",
+        "must be F16 or BF16 or F32, got I32",
+    ),
+    "k_not_grouped": (
+        change("qweight", lambda a: a[:192]),
+        "scales",
+        "group_size must be -1 or a divisor of K=192, got 128",
+    ),
+    "bad_bias": (
+        put(f"{LINEAR}.bias", np.zeros(8, np.float16)),
+        "bias",
+        r"must have shape \(64,\), got \(8,\)",
+    ),
+    "weight_beside": (
+        put(f"{LINEAR}.weight", np.zeros((64, 256), np.float16)),
+        "weight",
+        "is unused",
+    ),
+    "stray_part": (
+        put(f"{LINEAR}.input_scale", np.zeros(1, np.float16)),
+        "input_scale",
+        "is unused",
+    ),
     "same_name": (put(LINEAR, np.zeros(8, np.float16)), "", "the name of a quantized linear"),
     "gptq": (gptq, "qweight", "is in GPTQ format"),
-    "gptq_g_idx": (put(f"{LINEAR}.g_idx", np.zeros(256, np.int32)), "qweight",
-                   "is in GPTQ format"),
+    "gptq_g_idx": (put(f"{LINEAR}.g_idx", np.zeros(256, np.int32)), "qweight", "is in GPTQ format"),
     "marlin": (marlin, "qweight", "is in Marlin format"),
-    "llm_awq_v2": (put(f"{LINEAR}.scaled_zeros", np.zeros((8, 64), np.float16)), "qweight",
-                   "is in AutoAWQ gemv_fast"),
+    "llm_awq_v2": (
+        put(f"{LINEAR}.scaled_zeros", np.zeros((8, 64), np.float16)),
+        "qweight",
+        "is in AutoAWQ gemv_fast",
+    ),
     "compressed_tensors": (compressed, "weight_packed", "is in compressed-tensors format"),
 }
 
@@ -127,18 +121,28 @@ def test_defect_of_a_tensor(tmp_path, defect):
 
 # Defects of the configuration
 
-@pytest.mark.parametrize(("values", "text"), [
-    ({"version": "gemv"}, "version is 'gemv', must be 'gemm': .*qweight in .*model.safetensors"),
-    ({"version": "gemm2"}, r"version must be one of \('gemm', 'gemv'\), got 'gemm2'.*qweight"),
-    ({"group_size": 64}, r"scales in .* must have shape \(4, 64\), got \(2, 64\).*group_size 64"),
-    ({"group_size": 0}, "group_size must be -1 or a divisor of K=256, got 0"),
-    ({"group_size": None}, "has no group_size"),
-    ({"group_size": "128"}, "group_size must be int, got '128'"),
-    ({"bits": 8}, "bits is 8, must be 4"),
-    ({"bits": 4.0}, "bits must be int, got 4.0"),
-    ({"zero_point": False}, "qzeros in .* is unused.*zero_point is False"),
-    ({"quant_method": "gptq"}, "quant_method is 'gptq', must be 'awq'"),
-])
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        (
+            {"version": "gemv"},
+            "version is 'gemv', must be 'gemm': .*qweight in .*model.safetensors",
+        ),
+        ({"version": "gemm2"}, r"version must be one of \('gemm', 'gemv'\), got 'gemm2'.*qweight"),
+        (
+            {"group_size": 64},
+            r"scales in .* must have shape \(4, 64\), got \(2, 64\).*group_size 64",
+        ),
+        ({"group_size": 0}, "group_size must be -1 or a divisor of K=256, got 0"),
+        ({"group_size": None}, "has no group_size"),
+        ({"group_size": "128"}, "group_size must be int, got '128'"),
+        ({"bits": 8}, "bits is 8, must be 4"),
+        ({"bits": 4.0}, "bits must be int, got 4.0"),
+        ({"zero_point": False}, "qzeros in .* is unused.*zero_point is False"),
+        ({"quant_method": "gptq"}, "quant_method is 'gptq', must be 'awq'"),
+    ],
+)
 def test_defect_of_the_configuration(tmp_path, values, text):
     with pytest.raises(ValueError, match=text) as caught:
         jax_awq.load_hf(write(tmp_path, linear(), {**CONFIG, **values}))
@@ -152,10 +156,15 @@ def test_configurations_that_disagree(tmp_path):
         jax_awq.load_hf(tmp_path)
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("{", "config.json is not JSON"), ("[]", "must be a JSON object, got list"),
-    ("{}", "has no quantization_config"),
-    ('{"quantization_config": 4}', "quantization_config must be a JSON object")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "config.json is not JSON"),
+        ("[]", "must be a JSON object, got list"),
+        ("{}", "has no quantization_config"),
+        ('{"quantization_config": 4}', "quantization_config must be a JSON object"),
+    ],
+)
 def test_config_file_is_damaged(tmp_path, text, message):
     (write(tmp_path, linear()) / "config.json").write_text(text)
     with pytest.raises(ValueError, match=message):
@@ -165,98 +174,3 @@ def test_config_file_is_damaged(tmp_path, text, message):
 def test_nothing_is_quantized(tmp_path):
     with pytest.raises(ValueError, match=r"model.safetensors has no quantized linear"):
         jax_awq.load_hf(write(tmp_path, {"a.weight": np.ones(4, np.float16)}))
-
-
-# Defects of the files
-
-def test_truncated_file(tmp_path):
-    file = write(tmp_path, linear()) / "model.safetensors"
-    size = file.stat().st_size
-    with file.open("r+b") as stream:
-        stream.truncate(size - 1)
-    with pytest.raises(ValueError, match=f"{file} is damaged: .*: tensor {LINEAR}.* ends at byte "
-                                         f"{size}, the file at {size - 1}"):
-        jax_awq.load_hf(tmp_path)
-
-
-@pytest.mark.parametrize("length", [0, 4, 100])
-def test_truncated_header(tmp_path, length):
-    file = write(tmp_path, linear()) / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:length])
-    with pytest.raises(ValueError, match=f"{file} is damaged"):
-        jax_awq.load_hf(tmp_path)
-
-
-def test_tensor_twice_in_a_file(tmp_path):
-    file = write(tmp_path, linear()) / "model.safetensors"
-    entry = '"a.weight":{"dtype":"F16","shape":[2],"data_offsets":[0,4]}'
-    header = f"{{{entry},{entry}}}".encode()
-    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
-    with pytest.raises(ValueError, match=f"tensor a.weight is twice in {file}"):
-        jax_awq.load_hf(tmp_path)
-
-
-def test_missing_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no folder"):
-        jax_awq.load_hf(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"has no \.safetensors file"):
-        jax_awq.load_hf(tmp_path)
-    write(tmp_path, linear(), None)
-    with pytest.raises(FileNotFoundError, match=r"neither config\.json nor quant_config\.json"):
-        jax_awq.load_hf(tmp_path)
-    write(tmp_path, linear(), file="other.safetensors")
-    with pytest.raises(ValueError, match=r"several .* model.safetensors, other.safetensors"):
-        jax_awq.load_hf(tmp_path)
-
-
-def test_tensor_in_two_shards(tmp_path):
-    first, second = halves()
-    with pytest.raises(ValueError, match=rf"tensor {LINEAR}.qweight in .*model-00002-of-00002"
-                                         r".safetensors is also in .*model-00001-of-00002"):
-        jax_awq.load_hf(write_shards(tmp_path, first, second | {
-            f"{LINEAR}.qweight": first[f"{LINEAR}.qweight"]}))
-
-
-def test_index_names_another_shard(tmp_path):
-    with pytest.raises(ValueError, match=rf"{LINEAR}.qweight in .*model-00001.*, but "
-                                         "model.safetensors.index.json has it in model-00002"):
-        jax_awq.load_hf(write_shards(tmp_path, *halves(), weight_map={
-            f"{LINEAR}.qweight": "model-00002-of-00002.safetensors"}))
-
-
-def test_index_names_a_missing_tensor(tmp_path):
-    with pytest.raises(ValueError, match=r"tensor a.weight is missing in .*model-00002-of-00002"):
-        jax_awq.load_hf(write_shards(tmp_path, *halves(), weight_map={
-            "a.weight": "model-00002-of-00002.safetensors"}))
-
-
-def test_index_names_a_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"a.weight is in model-3.safetensors, but there"):
-        jax_awq.load_hf(write_shards(tmp_path, *halves(), weight_map={
-            "a.weight": "model-3.safetensors"}))
-
-
-def test_index_leaves_the_folder(tmp_path):
-    with pytest.raises(ValueError, match="must be in the same folder"):
-        jax_awq.load_hf(write_shards(tmp_path, *halves(), weight_map={
-            "a.weight": "../model.safetensors"}))
-
-
-def test_index_lacks_a_tensor(tmp_path):
-    folder = write_shards(tmp_path, *halves())
-    index = folder / "model.safetensors.index.json"
-    weight_map = json.loads(index.read_text())["weight_map"]
-    del weight_map[f"{LINEAR}.qzeros"]
-    index.write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(ValueError, match=rf"{LINEAR}.qzeros in .*is not in model.safetensors.ind"):
-        jax_awq.load_hf(folder)
-    index.write_text("{}")
-    with pytest.raises(ValueError, match="must map tensors to files in weight_map"):
-        jax_awq.load_hf(folder)
-
-
-def test_stray_shard(tmp_path):
-    folder = write_shards(tmp_path, *halves())
-    write(folder, {"a.weight": np.ones(4, np.float16)}, file="model-00009.safetensors")
-    with pytest.raises(ValueError, match=r"index\.json does not name model-00009\.safetensors"):
-        jax_awq.load_hf(folder)

@@ -39,8 +39,9 @@ class QuantConfig:
         """Raises ValueError unless the value is `expected` or is not told."""
         value = getattr(self, name)
         if value is not None and value != expected:
-            raise ValueError(f"load_hf: {self.file}: {_KEYS[name][0]} is {value!r}, "
-                             f"must be {expected!r}: {why}")
+            raise ValueError(
+                f"load_hf: {self.file}: {_KEYS[name][0]} is {value!r}, must be {expected!r}: {why}"
+            )
 
 
 def read_config(folder: Path) -> QuantConfig:
@@ -54,17 +55,20 @@ def read_config(folder: Path) -> QuantConfig:
     configs = []
     for name in ("config.json", "quant_config.json"):
         if (folder / name).is_file():
-            values = read_json(folder / name)
+            values: Any = read_json(folder / name)
             if name == "config.json":
                 values = values.get("quantization_config")
             if values is not None:
                 configs.append(_parse(folder / name, values))
         elif name == "config.json" and not (folder / "quant_config.json").is_file():
             raise FileNotFoundError(
-                f"load_hf: {folder} has neither config.json nor quant_config.json")
+                f"load_hf: {folder} has neither config.json nor quant_config.json"
+            )
     if not configs:
-        raise ValueError(f"load_hf: {folder / 'config.json'} has no quantization_config, "
-                         "and there is no quant_config.json")
+        raise ValueError(
+            f"load_hf: {folder / 'config.json'} has no quantization_config, "
+            "and there is no quant_config.json"
+        )
     first = configs[0]
     for other in configs[1:]:
         for name, keys in _KEYS.items():
@@ -92,8 +96,9 @@ def _parse(file: Path, values: Any) -> QuantConfig:
         found[name] = next((values[key] for key in keys if values.get(key) is not None), None)
         want = types.get(name, str)
         if found[name] is not None and type(found[name]) is not want:
-            raise ValueError(f"load_hf: {file}: {keys[0]} must be {want.__name__}, "
-                             f"got {found[name]!r}")
+            raise ValueError(
+                f"load_hf: {file}: {keys[0]} must be {want.__name__}, got {found[name]!r}"
+            )
     for name in ("method", "version"):
         found[name] = found[name].lower() if found[name] else None
     if found["method"] is None and "w_bit" in values:

@@ -57,6 +57,7 @@ def open_tensors() -> Iterator[Any]:
     safe_open = _safetensors().safe_open
     handles: dict[Path, Any] = {}
     with contextlib.ExitStack() as stack:
+
         def read(tensor: Tensor) -> np.ndarray:
             if tensor.file not in handles:
                 handles[tensor.file] = stack.enter_context(safe_open(tensor.file, "np"))
@@ -78,22 +79,26 @@ def _single_file(folder: Path) -> Path:
     if not files:
         raise FileNotFoundError(f"load_hf: {folder} has no .safetensors file")
     if len(files) > 1:
-        raise ValueError(f"load_hf: {folder} has several .safetensors files and no "
-                         f"model{_INDEX}: {_names(files)}")
+        raise ValueError(
+            f"load_hf: {folder} has several .safetensors files and no "
+            f"model{_INDEX}: {_names(files)}"
+        )
     return files[0]
 
 
 def _shards(index: Path) -> list[Path]:
     weight_map = _weight_map(index)
-    shards = {}
+    shards: dict[Path, None] = {}  # an ordered set
     for name, shard in weight_map.items():
         file = index.parent / shard
         if Path(shard).name != shard:
-            raise ValueError(f"load_hf: {index}: the file of {name} must be in the same folder, "
-                             f"got {shard!r}")
+            raise ValueError(
+                f"load_hf: {index}: the file of {name} must be in the same folder, got {shard!r}"
+            )
         if not file.is_file():
-            raise FileNotFoundError(f"load_hf: {index} says that {name} is in {shard}, "
-                                    "but there is no such file")
+            raise FileNotFoundError(
+                f"load_hf: {index} says that {name} is in {shard}, but there is no such file"
+            )
         shards[file] = None
     # Other stems (consolidated, adapter_model) are other artefacts and not ours to judge.
     stem = index.name.removesuffix(_INDEX)
@@ -115,8 +120,10 @@ def _check_index(index: Path, tensors: dict[str, Tensor]) -> None:
     weight_map = _weight_map(index)
     for name, shard in weight_map.items():
         if name not in tensors:
-            raise ValueError(f"load_hf: tensor {name} is missing in {index.parent / shard}, "
-                             f"where {index.name} has it")
+            raise ValueError(
+                f"load_hf: tensor {name} is missing in {index.parent / shard}, "
+                f"where {index.name} has it"
+            )
         if tensors[name].file.name != shard:
             raise ValueError(f"load_hf: {tensors[name]}, but {index.name} has it in {shard}")
     for name, tensor in tensors.items():
@@ -136,8 +143,10 @@ def _read_header(file: Path) -> list[Tensor]:
             pass
     except safetensors.SafetensorError as error:
         raise ValueError(f"load_hf: {file} is damaged: {error}{_what_is_cut(file)}") from error
-    return [Tensor(name, file, entry["dtype"], tuple(entry["shape"]))
-            for name, entry in _header(file)[0]]
+    return [
+        Tensor(name, file, entry["dtype"], tuple(entry["shape"]))
+        for name, entry in _header(file)[0]
+    ]
 
 
 def _header(file: Path) -> tuple[list[tuple[str, Any]], int]:

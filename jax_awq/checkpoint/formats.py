@@ -59,13 +59,17 @@ class AutoAWQ(Readable):
         for name in names:
             if name not in parts:
                 files = ", ".join(sorted({str(t.file) for t in parts.values()}))
-                raise ValueError(f"load_hf: tensor {module}.{name} is missing: {files} has only "
-                                 f"{', '.join(sorted(parts))} of this {self.title} linear")
+                raise ValueError(
+                    f"load_hf: tensor {module}.{name} is missing: {files} has only "
+                    f"{', '.join(sorted(parts))} of this {self.title} linear"
+                )
         for name, tensor in parts.items():
             if name not in (*names, "bias"):
-                raise ValueError(f"load_hf: {tensor} is unused: a {self.title} linear has "
-                                 f"{', '.join(names)} and maybe bias (zero_point is "
-                                 f"{config.zero_point} in {config.file})")
+                raise ValueError(
+                    f"load_hf: {tensor} is unused: a {self.title} linear has "
+                    f"{', '.join(names)} and maybe bias (zero_point is "
+                    f"{config.zero_point} in {config.file})"
+                )
         qweight = parts["qweight"]
         _check(qweight, ("I32",), None, "")
         k, n = weight_size(qweight.shape, self.layout)
@@ -83,8 +87,10 @@ class AutoAWQ(Readable):
         if config.group_size is None:
             raise ValueError(f"load_hf: {config.file} has no group_size")
         if config.group_size != -1 and (config.group_size < 1 or k % config.group_size):
-            raise ValueError(f"load_hf: {config.file}: group_size must be -1 or a divisor of "
-                             f"K={k}, got {config.group_size} ({scales})")
+            raise ValueError(
+                f"load_hf: {config.file}: group_size must be -1 or a divisor of "
+                f"K={k}, got {config.group_size} ({scales})"
+            )
         return config.group_size
 
     def build(self, arrays: list[Any], config: QuantConfig) -> AWQWeight:
@@ -138,14 +144,16 @@ class CompressedTensors(Format):
         return "weight_packed" in parts
 
 
-FORMATS: tuple[Format, ...] = (
-    GemvFast(), Gptq(), CompressedTensors(), Marlin(), Gemm(), Gemv())
+FORMATS: tuple[Format, ...] = (GemvFast(), Gptq(), CompressedTensors(), Marlin(), Gemm(), Gemv())
 READABLE = tuple(f.version for f in FORMATS if isinstance(f, Readable))
 
 
 def is_linear(parts: Parts) -> bool:
-    return (any(p in parts for p in _PACKED_PARTS) or bool(_matrix(parts, "scales"))
-            or _is_first_marlin(parts))
+    return (
+        any(p in parts for p in _PACKED_PARTS)
+        or bool(_matrix(parts, "scales"))
+        or _is_first_marlin(parts)
+    )
 
 
 def format_of(parts: Parts, config: QuantConfig) -> Readable:
@@ -157,18 +165,24 @@ def format_of(parts: Parts, config: QuantConfig) -> Readable:
     tensor = parts.get("qweight") or next(iter(parts.values()))
     # A damaged linear looks like nothing; judged by what config.json says it is, the message can
     # tell what is wrong with it.
-    found = (next((f for f in FORMATS if f.recognise(parts)), None)
-             or next((f for f in FORMATS if f.version == config.version), None))
+    found = next((f for f in FORMATS if f.recognise(parts)), None) or next(
+        (f for f in FORMATS if f.version == config.version), None
+    )
     if found is not None and not isinstance(found, Readable):
-        raise ValueError(f"load_hf: {tensor} is in {found.title} format, which is not read; "
-                         f"the formats that are: {', '.join(READABLE)}")
+        raise ValueError(
+            f"load_hf: {tensor} is in {found.title} format, which is not read; "
+            f"the formats that are: {', '.join(READABLE)}"
+        )
     config.require("method", "awq", f"{tensor} is packed by an AWQ tool")
     if config.version not in (None, *READABLE):
-        raise ValueError(f"load_hf: {config.file}: version must be one of {READABLE}, "
-                         f"got {config.version!r} ({tensor})")
+        raise ValueError(
+            f"load_hf: {config.file}: version must be one of {READABLE}, "
+            f"got {config.version!r} ({tensor})"
+        )
     if found is None:
-        raise ValueError(f"load_hf: {tensor} is in no known format, and {config.file} has no "
-                         "version")
+        raise ValueError(
+            f"load_hf: {tensor} is in no known format, and {config.file} has no version"
+        )
     config.require("version", found.version, f"{tensor} has the shape of {found.title}")
     config.require("bits", 4, f"{tensor} has 4-bit codes")
     return found
@@ -186,8 +200,9 @@ def _matrix(parts: Parts, name: str, dtype: str | None = None) -> tuple[int, ...
     return tensor.shape
 
 
-def _check(tensor: Tensor, dtypes: tuple[str, ...], shape: tuple[int, ...] | None,
-           why: str) -> None:
+def _check(
+    tensor: Tensor, dtypes: tuple[str, ...], shape: tuple[int, ...] | None, why: str
+) -> None:
     if tensor.dtype not in dtypes:
         raise ValueError(f"load_hf: {tensor} must be {' or '.join(dtypes)}, got {tensor.dtype}")
     if shape is None and len(tensor.shape) != 2:

@@ -18,8 +18,9 @@ from jax_awq.checkpoint.formats import Readable, format_of, is_linear
 from jax_awq.weights import AWQWeight
 
 
-def load_hf(path: str | os.PathLike[str], *, dtype: Any = None, device: Any = None,
-            progress: bool = False) -> dict[str, AWQWeight | Array]:
+def load_hf(
+    path: str | os.PathLike[str], *, dtype: Any = None, device: Any = None, progress: bool = False
+) -> dict[str, AWQWeight | Array]:
     """Loads a checkpoint folder; weights stay as they are packed on disk.
 
     What is quantized is decided by the tensors that are there and cross-checked with the
@@ -83,8 +84,9 @@ def load_hf(path: str | os.PathLike[str], *, dtype: Any = None, device: Any = No
     return result
 
 
-def _find_linears(tensors: dict[str, Tensor],
-                  config: QuantConfig) -> dict[str, tuple[Readable, list[Tensor]]]:
+def _find_linears(
+    tensors: dict[str, Tensor], config: QuantConfig
+) -> dict[str, tuple[Readable, list[Tensor]]]:
     modules: dict[str, dict[str, Tensor]] = collections.defaultdict(dict)
     for name, tensor in tensors.items():
         module, _, part = name.rpartition(".")
@@ -96,8 +98,9 @@ def _find_linears(tensors: dict[str, Tensor],
             linears[module] = found, found.geometry(module, parts, config)
     if not linears:
         files = ", ".join(sorted({str(t.file) for t in tensors.values()}))
-        raise ValueError(f"load_hf: {files} has no quantized linear, but {config.file} "
-                         "describes quantization")
+        raise ValueError(
+            f"load_hf: {files} has no quantized linear, but {config.file} describes quantization"
+        )
     return linears
 
 
@@ -110,5 +113,6 @@ class _Progress:
         if self.shown and (done == self.total or now - self.last > 0.1):
             self.last = now
             end = "\n" if done == self.total else ""
-            print(f"\rload_hf: {done} of {self.total} tensors", end=end, file=sys.stderr,
-                  flush=True)
+            print(
+                f"\rload_hf: {done} of {self.total} tensors", end=end, file=sys.stderr, flush=True
+            )
