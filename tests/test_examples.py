@@ -1,0 +1,117 @@
+"""Every example runs, and the errors it prints are within the stated tolerances."""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+ROOT = Path(__file__).parents[1]
+LLAMA = ROOT / "tests" / "golden" / "llama-awq-gemm-g128"
+TOLERANCE = {"float32": 1e-3, "float16": 0.03, "bfloat16": 0.13}  # of tests/golden/README.md
+NUMBER = r"(\d\.\d+e[+-]\d+)"
+
+
+def run(name, *arguments):
+    return subprocess.run(
+        [sys.executable, ROOT / "examples" / name, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+def output_of(name):
+    done = run(name)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_every_example_is_tested():
+    assert [p.name for p in sorted((ROOT / "examples").glob("*.py"))] == [
+        "01_awq_gemm.py",
+        "02_llama_mlp.py",
+        "03_flax_nnx.py",
+        "04_equinox.py",
+    ]
+
+
+def test_awq_gemm():
+    errors = re.findall(rf"max error {NUMBER} of the largest value", output_of("01_awq_gemm.py"))
+    assert len(errors) == 4
+    assert all(0 < float(error) < 2e-3 for error in errors)
+
+
+def llama_errors(output):
+    """{(dtype, what): error} of the lines that 02_llama_mlp.py prints."""
+    errors, dtype = {}, None
+    for line in output.splitlines():
+        if heading := re.match(r"(\w+): .*", line):
+            dtype = heading[1]
+        if found := re.match(rf"  (.*?) +max error {NUMBER}, tolerance ([\d.]+)", line):
+            assert float(found[3]) == TOLERANCE[dtype]
+            errors[dtype, found[1]] = float(found[2])
+    return errors
+
+
+def test_llama_mlp():
+    output = output_of("02_llama_mlp.py")
+    errors = llama_errors(output)
+    assert set(errors) == {
+        (dtype, what)
+        for dtype in TOLERANCE
+        for what in ("gate_proj", "down_proj", "mlp, jit", "mlp, jit of vmap")
+    }
+    for (dtype, what), error in errors.items():
+        assert 0 < error < TOLERANCE[dtype], (dtype, what)
+    assert "device: " in output
+    assert "every error is within its tolerance" in output
+
+
+@pytest.mark.parametrize("mistake", ["natural_zeros", "zero_8"])
+def test_llama_mlp_can_fail(tmp_path, mistake):
+    """With the two mistakes that a model's predictions hardly show."""
+    shutil.copytree(LLAMA, tmp_path, dirs_exist_ok=True)
+    tensors = load_file(LLAMA / "model.safetensors")
+    name = "model.layers.0.mlp.gate_proj.qzeros"
+    words = tensors[name].view(np.uint32)
+    if mistake == "zero_8":
+        words = np.full_like(words, 0x88888888)
+    else:
+        order = (0, 2, 4, 6, 1, 3, 5, 7)  # of the codes in a word, put in natural order
+        words = sum(
+            ((words >> np.uint32(4 * nibble)) & np.uint32(15)) << np.uint32(4 * code)
+            for nibble, code in enumerate(order)
+        )
+    save_file(
+        tensors | {name: words.astype(np.uint32).view(np.int32)}, tmp_path / "model.safetensors"
+    )
+    done = run("02_llama_mlp.py", tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    errors = llama_errors(done.stdout)
+    assert all(errors[dtype, "gate_proj"] > 3 * TOLERANCE[dtype] for dtype in TOLERANCE)
+    assert "EXCEEDED" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "last"),
+    [
+        ("03_flax_nnx.py", "flax", r"gradient of x: \(2, 24, 512\) float16"),
+        ("04_equinox.py", "equinox", r"gradient of down.scales: \(12, 512\) float16"),
+    ],
+)
+def test_module(name, package, last):
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    output = output_of(name)
+    errors = re.findall(rf"max error {NUMBER} of the standard deviation", output)
+    assert len(errors) == 2
+    assert all(0 < float(error) < TOLERANCE["float16"] / 3.1 for error in errors)
+    assert re.search(last, output)
