@@ -1,0 +1,1 @@
+"""Benchmarks of the ops: `python -m jax_awq.bench --help`."""

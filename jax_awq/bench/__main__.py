@@ -1,0 +1,90 @@
+"""Command line: `python -m jax_awq.bench awq_gemm --json OUT`, `... table JSON`."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from jax_awq.bench import report
+from jax_awq.bench.impls import IMPLS
+from jax_awq.bench.run import READ_BYTES_PER_SECOND, run_awq_gemm
+from jax_awq.bench.timing import METHOD, MIN_WEIGHT_BYTES
+from jax_awq.problems import BENCH_PROBLEMS, BENCH_ROWS, PROBLEMS, Problem
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    if args.command == "table":
+        print(report.markdown(json.loads(args.json.read_text(encoding="utf-8"))["rows"]), end="")
+        return 0
+    top: dict[str, Any] = report.environment() | {
+        "ceilings": {"read_bytes_per_second": READ_BYTES_PER_SECOND},
+        "floor": "bytes of weight, x and y, each moved once, at read_bytes_per_second",
+        "method": METHOD,
+    }
+    rows: list[report.Row] = []
+    if args.merge and args.json.exists():
+        rows = json.loads(args.json.read_text(encoding="utf-8"))["rows"]
+    timed: list[report.Row] = []
+    for new in run_awq_gemm(
+        args.shapes,
+        args.m,
+        args.dtypes,
+        args.impls,
+        group_size=args.group_size,
+        repeats=args.repeats,
+        min_weight_bytes=args.min_weight_mb * 1e6,
+    ):
+        timed += new
+        if args.json is not None:  # after every weight: a run that is cut off keeps what it has
+            report.write(args.json, top, report.merge(rows, timed))
+    report.show(report.merge([], timed))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m jax_awq.bench", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    bench = commands.add_parser("awq_gemm", help="time awq_gemm and what it replaces")
+    bench.add_argument(
+        "--shapes",
+        nargs="+",
+        type=_problem,
+        metavar="KxN or model/linear",
+        default=[PROBLEMS[name] for name in BENCH_PROBLEMS],
+    )
+    bench.add_argument("--m", nargs="+", type=int, default=BENCH_ROWS, help="rows of x")
+    bench.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=["float16", "bfloat16"])
+    bench.add_argument("--impls", nargs="+", default=list(IMPLS), choices=list(IMPLS))
+    bench.add_argument("--group-size", type=int, default=128)
+    bench.add_argument("--repeats", type=int, default=7)
+    bench.add_argument(
+        "--min-weight-mb",
+        type=float,
+        default=MIN_WEIGHT_BYTES / 1e6,
+        help="what the distinct weights exceed together: the cache",
+    )
+    bench.add_argument("--json", type=Path, help="file for the rows")
+    bench.add_argument(
+        "--merge", action="store_true", help="keep the rows of the file that are not timed again"
+    )
+    table = commands.add_parser("table", help="print the Markdown tables of a result")
+    table.add_argument("json", type=Path)
+    return parser
+
+
+def _problem(text: str) -> Problem:
+    if text in PROBLEMS:
+        return PROBLEMS[text]
+    try:
+        k, n = (int(size) for size in text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither KxN nor one of {', '.join(PROBLEMS)}"
+        ) from None
+    return Problem(k, n)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

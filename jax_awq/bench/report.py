@@ -1,0 +1,114 @@
+"""Results as JSON and as tables."""
+
+import datetime
+import importlib.util
+import json
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import jax_awq
+
+Row = dict[str, Any]
+
+
+def environment() -> dict[str, Any]:
+    """What a result depends on besides the code that was timed or tested."""
+    device = jax.devices()[0]
+    return {
+        "build_info": jax_awq.build_info(),
+        "device": device.device_kind,
+        "device_count": jax.device_count(),
+        "driver": _driver(),
+        "jax": jax.__version__,
+        "jaxlib": jax.lib.__version__,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return ""  # no NVIDIA driver
+    return output.stdout.split("\n")[0].strip()
+
+
+def write(file: Path, top: dict[str, Any], rows: Iterable[Row]) -> None:
+    """One line a row, so that a diff of two results can be read."""
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+    head = json.dumps(top, indent=1).removesuffix("\n}")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f'{head},\n "rows": [\n{lines}\n ]\n}}\n', encoding="utf-8")
+
+
+def merge(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
+    """`old` with the rows that `new` has again replaced, in the order of weights and M."""
+    rows = {_key(row): row for row in (*old, *new)}
+    weights = list(dict.fromkeys((r["K"], r["N"]) for r in rows.values()))
+    return sorted(
+        rows.values(),
+        key=lambda r: (weights.index((r["K"], r["N"])), r["dtype"], r["M"], r["impl"]),
+    )
+
+
+def _key(row: Row) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("op", "impl", "M", "N", "K", "group_size", "dtype"))
+
+
+def markdown(rows: Iterable[Row]) -> str:
+    """The README's tables: microseconds, and how many times faster than each other program."""
+    parts = []
+    for (k, n, group_size, dtype), cells in _tables(rows).items():
+        others = sorted({impl for _, impl in cells} - {"jax_awq"})
+        head = ["M", "jax_awq", *others, *(f"vs {impl}" for impl in others), "floor"]
+        parts += [
+            f"\n**K={k}, N={n}**, {dtype}, group_size {group_size}, us\n",
+            f"| {' | '.join(head)} |",
+            "|" + "---:|" * len(head),
+        ]
+        parts += [f"| {' | '.join(line)} |" for line in _lines(cells, others)]
+    return "\n".join(parts).strip() + "\n"
+
+
+def show(rows: Iterable[Row]) -> None:
+    """Prints tables to the terminal, with rich where it is installed."""
+    if importlib.util.find_spec("rich") is None:
+        print(markdown(rows))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    for (k, n, group_size, dtype), cells in _tables(rows).items():
+        others = sorted({impl for _, impl in cells} - {"jax_awq"})
+        table = Table(title=f"K={k} N={n} {dtype} group_size={group_size}, us")
+        for name in ("M", "jax_awq", *others, *(f"vs {impl}" for impl in others), "floor"):
+            table.add_column(name, justify="right")
+        for line in _lines(cells, others):
+            table.add_row(*line)
+        Console().print(table)
+
+
+def _tables(rows: Iterable[Row]) -> dict[tuple[Any, ...], dict[tuple[int, str], Row]]:
+    tables: dict[tuple[Any, ...], dict[tuple[int, str], Row]] = {}
+    for row in rows:
+        key = row["K"], row["N"], row["group_size"], row["dtype"]
+        tables.setdefault(key, {})[row["M"], row["impl"]] = row
+    return tables
+
+
+def _lines(cells: dict[tuple[int, str], Row], others: list[str]) -> Iterable[list[str]]:
+    for m in sorted({m for m, _ in cells}):
+        ours = cells.get((m, "jax_awq"))
+        rows = [ours, *(cells.get((m, impl)) for impl in others)]
+        ratios = [f"{row['us'] / ours['us']:.2f}x" if ours and row else "" for row in rows[1:]]
+        yield [
+            str(m),
+            *(f"{row['us']:.1f}" if row else "" for row in rows),
+            *ratios,
+            f"{ours['floor_us']:.1f}" if ours else "",
+        ]
