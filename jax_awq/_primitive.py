@@ -194,7 +194,7 @@ def _decoded(mesh, sharding) -> PartitionSpec:
     """
     try:
         return parse_flatten_op_sharding(sharding._hlo_sharding, mesh)[0]
-    except ValueError:
+    except (ValueError, KeyError):
         return PartitionSpec()
 
 

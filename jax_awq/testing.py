@@ -54,12 +54,11 @@ class Problem:
 
     def float64(self) -> np.ndarray:
         x, weight = self.x.astype(np.float64), dequantize_float64(self.weight)
-        if weight.ndim == 3:
-            weight = weight.reshape(weight.shape[0], *[1] * (x.ndim - 3), *weight.shape[1:])
-        y = x @ weight
+        *batch, k, n = weight.shape
+        y = x.reshape(*batch, math.prod(x.shape[len(batch):-1]), k) @ weight
         if self.bias is not None:
-            bias = self.bias.astype(np.float64)
-            y = y + bias.reshape(*bias.shape[:-1], *[1] * (y.ndim - bias.ndim), bias.shape[-1])
+            y = y + self.bias.astype(np.float64)[..., None, :]
+        y = y.reshape(*x.shape[:-1], n)
         return _ACTIVATIONS[self.activation](y)
 
 
