@@ -2,6 +2,7 @@
 
 import ctypes
 import hashlib
+import importlib
 import pathlib
 import re
 import sys
@@ -14,11 +15,15 @@ import jax_awq
 from jax_awq._primitive import OPS
 
 ROOT = pathlib.Path(__file__).parents[1]
-_ext = pytest.importorskip("jax_awq._ext", reason="jax_awq is imported from a tree without _ext")
-INFO = jax_awq.build_info()
+PACKAGE = pathlib.Path(jax_awq.__file__).parent
 
 if not (ROOT / "src/ffi/ops.def").exists():
     pytest.skip("the sources of the extension are not beside the tests", allow_module_level=True)
+if PACKAGE == ROOT / "jax_awq" and not list(PACKAGE.glob("_ext*")):
+    pytest.skip("jax_awq is imported from a tree where _ext is not built", allow_module_level=True)
+
+_ext = importlib.import_module("jax_awq._ext")
+INFO = jax_awq.build_info()
 
 needs_cuda_build = pytest.mark.skipif(not INFO["cuda"], reason="built with JAX_AWQ_CUDA=OFF")
 
