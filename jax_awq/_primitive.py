@@ -112,7 +112,7 @@ def _varying(aval) -> frozenset[str]:
 def _jvp(op, bind, primals, tangents, **params):
     tangents = [None if type(t) is ad.Zero else t for t in tangents]
     results, result_tangents = op.jvp(bind, primals, tangents, **params)
-    return results, [ad.Zero.from_primal_value(r) if t is None else t
+    return results, [ad.Zero(jax.typeof(r).to_tangent_aval()) if t is None else t
                      for r, t in zip(results, result_tangents, strict=True)]
 
 
@@ -122,8 +122,8 @@ def _transpose(op, bind, cotangents, *operands, **params):
     if all(type(ct) is ad.Zero for ct in cotangents):
         result = ad.Zero(aval)
     else:
-        operands = [o.aval if i == index else o for i, o in enumerate(operands)]
-        result = op.transpose(bind, cotangents, operands, index, **params)
+        known = [o.aval if i == index else o for i, o in enumerate(operands)]
+        result = op.transpose(bind, cotangents, known, index, **params)
     return [result if i == index else None for i in range(len(operands))]
 
 
@@ -181,7 +181,8 @@ def _partitioned(op, run, params, *operands):
 
     fn = custom_partitioning(lambda *args: tuple(run(*args, **params)))
     fn.def_partition(
-        partition=partition, decode_shardings=False, sharding_rule=sharding.rule, reduction_factors=sharding.summed,
+        partition=partition, decode_shardings=False, sharding_rule=sharding.rule,
+        reduction_factors=sharding.summed,
         need_replication_factors=tuple(f for f in order if f in sharding.whole), **sizes)
     return fn(*operands)
 

@@ -100,7 +100,8 @@ def random_weight(rng: np.random.Generator, k: int, n: int, *, group_size: int,
 
 def dequantize_float64(weight: AWQWeight) -> np.ndarray:
     """``(q - z) * s`` in float64, decoded nibble by nibble from the definitions of the layouts."""
-    qweight, scales = np.asarray(weight.qweight), np.asarray(weight.scales).astype(np.float64)
+    qweight = np.asarray(weight.qweight)
+    scales: Any = np.asarray(weight.scales).astype(np.float64)
     qzeros = None if weight.qzeros is None else np.asarray(weight.qzeros)
     *batch, k, n = weight.shape
     group_size = k if weight.group_size == -1 else weight.group_size

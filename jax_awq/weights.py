@@ -4,7 +4,6 @@ import dataclasses
 import json
 from typing import Any
 
-import jax
 from jax import Array, export
 from jax.tree_util import GetAttrKey, register_pytree_with_keys_class
 
@@ -40,7 +39,7 @@ class AWQWeight:
     scales: Any
     qzeros: Any = None
     layout: str = dataclasses.field(default="gemm", kw_only=True)
-    group_size: int | None = dataclasses.field(default=None, kw_only=True)
+    group_size: int = dataclasses.field(default=None, kw_only=True)  # type: ignore[assignment]
 
     def __post_init__(self):
         group_size = check_weight("AWQWeight", self.qweight, self.scales, self.qzeros,

@@ -202,7 +202,7 @@ def test_scan_over_layers_with_remat(rng):
 @pytest.mark.parametrize("check_vma", [True, False])
 @every_case
 def test_shard_map(case, check_vma):
-    """Replicated operands in a manual region: the gradient sums over devices, the value does not."""
+    """Replicated operands in a manual region: gradients are summed over devices."""
     mesh = auto_mesh(i=2)
     shape = jax.eval_shape(case.fn, *case.operands).shape
     scale = np.asarray([1, 3], np.float32)

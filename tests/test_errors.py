@@ -64,7 +64,8 @@ GEMM_ERRORS = [
     ({"split_k_iters": 0}, ValueError, "split_k_iters must be 1 or more, got 0"),
     ({"out_dtype": jnp.int32}, TypeError,
      "the result must be float16 or bfloat16 or float32, got int32"),
-    ({"qweight": ONES((4, K, 2), np.int32)}, ValueError, "x must have shape (4, ..., 64), got (3, 64)"),
+    ({"qweight": ONES((4, K, 2), np.int32)}, ValueError,
+     "x must have shape (4, ..., 64), got (3, 64)"),
     ({"bias": ONES((4, N), np.float16), "qweight": ONES((5, K, 2), np.int32)}, ValueError,
      "leading batch dimensions must agree, got qweight 5, bias 4"),
 ]

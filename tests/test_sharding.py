@@ -37,14 +37,16 @@ def collectives(compiled):
     return {n: len(c) for n in names if (c := re.findall(rf" {n}(?:-start)?\(", text))}
 
 
-def run_auto(problem, x_spec, weight_specs, bias_spec=P()):
+def put_auto(tree, specs):
     mesh = auto_mesh(dp=DP, tp=TP)
-    put = lambda tree, specs: jax.tree.map(  # noqa: E731
-        lambda a, s: jax.device_put(a, NamedSharding(mesh, s)), tree, specs)
+    return jax.tree.map(lambda a, s: jax.device_put(a, NamedSharding(mesh, s)), tree, specs)
+
+
+def run_auto(problem, x_spec, weight_specs, bias_spec=None):
     fn = jax.jit(lambda x, w, b: awq_gemm(
         x, w, bias=b, activation=problem.activation, out_dtype=problem.out_dtype))
-    operands = (put(problem.x, x_spec), put(problem.weight, weight_specs),
-                None if problem.bias is None else put(problem.bias, bias_spec))
+    bias = None if problem.bias is None else put_auto(problem.bias, bias_spec or P())
+    operands = (put_auto(problem.x, x_spec), put_auto(problem.weight, weight_specs), bias)
     return fn(*operands), collectives(fn.lower(*operands).compile())
 
 
@@ -88,8 +90,7 @@ def test_two_groups_are_not_split_over_four_devices(rng, layout):
 def test_computed_scales_do_not_split_half_an_axis(rng, layout):
     """Shardy splits an intermediate over half of tp here, which JAX itself cannot decode."""
     p = random_problem(rng, M, K, N, group_size=128, layout=layout)
-    mesh = auto_mesh(dp=DP, tp=TP)
-    x = jax.device_put(p.x, NamedSharding(mesh, P("dp", "tp")))
+    x = put_auto(p.x, P("dp", "tp"))
     y = jax.jit(lambda x, w: awq_gemm(x * 1, jax.tree.map(lambda a: a * 1, w)))(x, p.weight)
     assert_close_to_float64(y, p)
 
@@ -112,11 +113,9 @@ def test_experts_are_split_without_collectives(rng):
 def test_row_split_rounds_once(rng):
     """The partial sums travel in float32: the result is as good as without the split."""
     p = random_problem(rng, M, K, N, group_size=32, dtype=jnp.bfloat16, bias=True)
-    mesh = auto_mesh(dp=DP, tp=TP)
     fn = jax.jit(lambda x, w, b: awq_gemm(x, w, bias=b))
-    put = lambda a, *s: jax.device_put(a, NamedSharding(mesh, P(*s)))  # noqa: E731
-    weight = jax.tree.map(lambda a: put(a, "tp"), p.weight)
-    text = fn.lower(put(p.x, "dp", "tp"), weight, put(p.bias)).compile().as_text()
+    operands = put_auto((p.x, p.weight, p.bias), (P("dp", "tp"), specs_of(p.weight, "K"), P()))
+    text = fn.lower(*operands).compile().as_text()
     assert re.findall(r"= (\w+)\[[^=]* all-reduce\(", text) == ["f32"]
 
 
@@ -124,7 +123,6 @@ def test_row_split_rounds_once(rng):
 @pytest.mark.parametrize("split", ["K", "N"])
 def test_gradients(rng, layout, split):
     p = random_problem(rng, M, K, N, group_size=32, layout=layout, dtype=np.float32, bias=True)
-    mesh = auto_mesh(dp=DP, tp=TP)
 
     def loss(x, scales, bias):
         w = AWQWeight(p.weight.qweight, scales, p.weight.qzeros, layout=layout, group_size=32)
@@ -132,8 +130,7 @@ def test_gradients(rng, layout, split):
 
     want = jax.grad(loss, (0, 1, 2))(p.x, p.weight.scales, p.bias)
     specs = (P("dp", "tp") if split == "K" else P("dp"), specs_of(p.weight, split).scales, P())
-    operands = [jax.device_put(a, NamedSharding(mesh, s))
-                for a, s in zip((p.x, p.weight.scales, p.bias), specs, strict=True)]
+    operands = put_auto((p.x, p.weight.scales, p.bias), specs)
     for got, one in zip(jax.jit(jax.grad(loss, (0, 1, 2)))(*operands), want, strict=True):
         np.testing.assert_allclose(got, one, rtol=1e-4, atol=1e-4 * float(jnp.abs(one).max()))
 

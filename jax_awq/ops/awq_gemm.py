@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ from jax_awq._primitive import (
 )
 from jax_awq.ops import awq_dequantize as dq
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "none": lambda y: y,
     "relu": jax.nn.relu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -167,7 +168,7 @@ def _plan(device, *operands, **params):
     reason = why_reference(device, target, params["variant"])
     if not reason and any(isinstance(d, int) and d == 0 for d in (*out.shape, x.shape[-1])):
         reason = "an operand or the result is empty"
-    if reason:
+    if reason or target is None:
         return reference_plan("awq_gemm", reason)
     k, n = weight_size(qweight.shape, params["layout"])
     found = _ffi.plan_awq_gemm(
