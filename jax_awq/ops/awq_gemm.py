@@ -180,9 +180,10 @@ def _plan(device, *operands, **params):
     kernel, refused = found["variant"], dict(found["refused"])
     if kernel == "reference":
         return reference_plan("awq_gemm", next(iter(refused.values()), ""), refused)
+    fused = kernel != "dequantize_dot"
     return KernelPlan(
-        op="awq_gemm", route="dequantize_dot" if kernel == "dequantize_dot" else "fused",
-        kernel=kernel, tile=tuple(found["tile"]), split_k=found["split_k"],
+        op="awq_gemm", route="fused" if fused else "dequantize_dot", kernel=kernel,
+        tile=tuple(found["tile"]) if fused else (), split_k=found["split_k"],
         workspace_bytes=found["workspace_bytes"], accumulator="float32", deterministic=True,
         refused=refused, reason="")
 
