@@ -1,9 +1,8 @@
-# cmake -DROOT=<repository> -DOUT=<file.cc> -P source_hash.cmake
+# cmake -DROOT=<repository> -DLIST=<sorted paths under src/> -DOUT=<file.cc> -P source_hash.cmake
 #
 # Writes a C++ file that holds what this prints in ROOT:
 #   find src -type f | LC_ALL=C sort | xargs sha256sum | sha256sum | cut -c1-16
-file(GLOB_RECURSE paths LIST_DIRECTORIES false RELATIVE "${ROOT}" "${ROOT}/src/*")
-list(SORT paths COMPARE STRING)
+file(STRINGS "${LIST}" paths)
 set(lines "")
 foreach(path IN LISTS paths)
   file(SHA256 "${ROOT}/${path}" hash)
