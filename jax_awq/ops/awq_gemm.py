@@ -2,7 +2,6 @@
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,15 +21,9 @@ from jax_awq._primitive import (
     bind_varying,
     define_primitive,
 )
-from jax_awq.ops import awq_dequantize as dq
+from jax_awq.ops import _weight
+from jax_awq.ops._epilogue import ACTIVATIONS, epilogue
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "none": lambda y: y,
-    "relu": jax.nn.relu,
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-    "silu": jax.nn.silu,
-}
 _STATIC = ("group_size", "layout", "activation", "split_k_iters", "out_dtype", "variant")
 
 
@@ -71,17 +64,17 @@ def awq_gemm(x: Any, qweight: Any, scales: Any = None, qzeros: Any = None, *,
 
     Source: AWQ, arXiv 2306.00978; layouts: AutoAWQ 0.2.9, awq/modules/linear.
     """
-    arrays, layout, group_size = dq.unpack_weight(
+    arrays, layout, group_size = _weight.unpack_weight(
         "awq_gemm", qweight, scales, qzeros, layout, group_size)
     return _awq_gemm(
         x, *arrays, bias, group_size=group_size, layout=layout, activation=activation,
-        split_k_iters=split_k_iters, out_dtype=out_dtype, variant=dq.forced_variant())
+        split_k_iters=split_k_iters, out_dtype=out_dtype, variant=_weight.forced_variant())
 
 
 @functools.partial(jax.jit, inline=True, static_argnames=_STATIC)
 def _awq_gemm(x, qweight, scales, qzeros, bias, *, group_size, layout, activation, split_k_iters,
               out_dtype, variant):
-    operands, params = dq.canonical_weight(
+    operands, params = _weight.canonical_weight(
         "awq_gemm", qweight, scales, qzeros, layout=layout, group_size=group_size)
     k, n = weight_size(qweight.shape, layout)
     check_dtype("awq_gemm", "x", x, *FLOATS)
@@ -100,7 +93,7 @@ def _awq_gemm(x, qweight, scales, qzeros, bias, *, group_size, layout, activatio
         check_shape("awq_gemm", "bias", bias, (*bias.shape[:-1][:1], n))
         leading["bias"] = bias.shape[:-1]
         operands = (*operands, bias)
-    batch = dq.check_batch("awq_gemm", leading)
+    batch = _weight.check_batch("awq_gemm", leading)
     if batch and (x.ndim < 2 or x.shape[0] != batch[0]):
         raise ValueError(f"awq_gemm: x must have shape ({batch[0]}, ..., {k}), got {x.shape}")
     rows = x[:, None] if batch and x.ndim == 2 else x
@@ -144,21 +137,15 @@ def _out_avals(*operands, **params):
 
 def _reference(*operands, layout, transpose, **params):
     x, qweight, scales, qzeros, bias = _operands(operands, **params)
-    weight = dq.dequantize(qweight, scales, qzeros, layout=layout, dtype=x.dtype)
+    weight = _weight.dequantize(qweight, scales, qzeros, layout=layout, dtype=x.dtype)
     return (_dot(x, weight.swapaxes(-1, -2) if transpose else weight, bias, **params),)
 
 
-def _dot(x, weight, bias, **params):
+def _dot(x, weight, bias, *, activation, out_dtype, **params):
     # Without HIGHEST a GPU would round float32 operands to 10 bits.
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     y = jnp.matmul(x, weight, preferred_element_type=jnp.float32, precision=precision)
-    return _epilogue(y, bias, **params)
-
-
-def _epilogue(y, bias, *, activation, out_dtype, **params):
-    if bias is not None:
-        y = y + bias[..., None, :].astype(jnp.float32)
-    return ACTIVATIONS[activation](y).astype(out_dtype)
+    return epilogue(y, bias, activation=activation, out_dtype=out_dtype)
 
 
 def _plan(device, *operands, **params):
@@ -239,17 +226,15 @@ def _jvp(bind, primals, tangents, **params):
         terms += product(x, qweight, dscales, *zeros)
     if dbias is not None:
         terms.append(jnp.broadcast_to(dbias[..., None, :], y.shape).astype(y.dtype))
-    if not terms:
-        return [_finish_jvp(y, params)], [None]
-    dy = functools.reduce(jnp.add, (jnp.broadcast_to(t, y.shape) for t in terms))
+    dy = functools.reduce(jnp.add, (jnp.broadcast_to(t, y.shape) for t in terms)) if terms else None
     if params["activation"] == "none":
         return [y], [dy]
-    y, dy = jax.jvp(functools.partial(_finish_jvp, params=params), (y,), (dy,))
+    finish = functools.partial(epilogue, bias=None, activation=params["activation"],
+                               out_dtype=params["out_dtype"])
+    if dy is None:
+        return [finish(y)], [None]
+    y, dy = jax.jvp(finish, (y,), (dy,))
     return [y], [dy]
-
-
-def _finish_jvp(y, params):
-    return _epilogue(y, None, **params)
 
 
 def _transpose(bind, cotangents, operands, index, **params):
@@ -262,14 +247,14 @@ def _transpose(bind, cotangents, operands, index, **params):
         (dx,) = bind(ct, qweight, scales, *zeros, **{
             **params, "transpose": not params["transpose"], "has_bias": False,
             "out_dtype": jnp.dtype(jnp.float32) if shared else x.dtype})
-        return dq.sum_batch(dx, x)
+        return _weight.sum_batch(dx, x)
     left, right = (ct, x) if params["transpose"] else (x, ct)
     products = _dot(left.swapaxes(-1, -2), right, None, activation="none", out_dtype=jnp.float32)
-    return dq.sum_over_groups(products, qweight, scales, qzeros, layout=params["layout"])
+    return _weight.sum_over_groups(products, qweight, scales, qzeros, layout=params["layout"])
 
 
 def _sharding(x, *weight, layout, group_size, transpose, **params):
-    dims, whole = dq.factors(layout, group_size)
+    dims, whole = _weight.factors(layout, group_size)
     names = ["qweight", "scales"] + ["qzeros"] * (not params["symmetric"])
     names += ["N"] * params["has_bias"]
     ranks = _ranks(**params)[1:]
@@ -290,7 +275,8 @@ def _partial(*operands, **params):
     operands = operands[:-1] if params["has_bias"] else operands
     product = {**params, "activation": "none", "out_dtype": jnp.dtype(jnp.float32),
                "has_bias": False}
-    return operands, product, lambda y: (_epilogue(y, bias, **params),)
+    return operands, product, lambda y: (epilogue(
+        y, bias, activation=params["activation"], out_dtype=params["out_dtype"]),)
 
 
 awq_gemm_p = define_primitive(OpDef(
