@@ -49,7 +49,7 @@ except (ImportError, AttributeError):
     message(FATAL_ERROR
       "No nvcc of CUDA ${JAX_AWQ_OLDEST_NVCC} or later. Name one with CUDACXX or CUDA_HOME, build "
       "with pip's build isolation, which installs one, or without CUDA: "
-      "-C cmake.define.JAX_AWQ_CUDA=OFF")
+      "JAX_AWQ_CUDA=OFF")
   endif()
 endif()
 
