@@ -12,6 +12,7 @@ import pytest
 
 import jax_awq
 from jax_awq import problems
+from jax_awq.bench import __main__ as bench
 from jax_awq.bench import impls, report, run, timing
 from jax_awq.bench.__main__ import main
 
@@ -29,23 +30,27 @@ ROW = {
 }
 
 
-def program(name, *, calls, iterations, copies=3):
-    weights = impls.weights(name, CASE, copies)
-    x = impls.make_x(jax.random.key(1), CASE)
-    loop = timing.chained_loop(impls.IMPLS[name].op, calls, iterations)
-    return loop, x, weights
+OPTIONS = ["--shapes", "256x128", "--repeats", "1", "--min-weight-mb", "0", "--json"]
+GEMM = impls.IMPLS["awq_gemm"]
 
 
-@pytest.mark.parametrize("name", impls.IMPLS)
+def program(name, *, iterations, copies=3):
+    weights = impls.weights(GEMM[name], CASE, copies)
+    keys = jax.random.split(jax.random.key(1), timing.calls_for(copies) // copies)
+    xs = [impls.make_x(key, CASE) for key in keys]
+    return timing.chained_loop(GEMM[name].run, iterations), xs, weights
+
+
+@pytest.mark.parametrize("name", GEMM)
 def test_every_call_stays_in_the_loop(name):
-    loop, x, weights = program(name, calls=18, iterations=5)
-    text = jax.jit(loop).lower(x, weights).compile().as_text()
+    loop, xs, weights = program(name, iterations=5)
+    text = jax.jit(loop).lower(xs, weights).compile().as_text()
     computations = {
         found[1]: found[0]
         for found in re.finditer(r"^(?:ENTRY )?%?([\w.\-]+) \(.*?^}", text, re.M | re.S)
     }
 
-    def dots(computation, seen=()):
+    def dots(computation):
         """Products that one run of a computation makes, loops counted once."""
         body = computations[computation]
         called = re.findall(r"(?:calls|to_apply|body)=%?([\w.\-]+)", body)
@@ -62,26 +67,32 @@ def test_every_call_stays_in_the_loop(name):
 
 
 def test_our_op_is_one_custom_call_each():
-    loop, x, weights = program("jax_awq", calls=16, iterations=2)
-    if jax_awq.plan("awq_gemm", x, *weights[0], device="sm_90").route == "reference":
+    loop, xs, weights = program("jax_awq", iterations=2, copies=16)
+    if jax_awq.plan("awq_gemm", xs[0], *weights[0], device="sm_90").route == "reference":
         pytest.skip("the compiled part of jax_awq is not there")
-    lowered = jax.jit(loop).trace(x, weights).lower(lowering_platforms=("cuda",)).as_text()
+    lowered = jax.jit(loop).trace(xs, weights).lower(lowering_platforms=("cuda",)).as_text()
     assert lowered.count("@jax_awq.awq_gemm(") in (1, 16)  # calls of one function, or inlined
 
 
 def test_implementations_agree():
     x = impls.make_x(jax.random.key(2), CASE)
-    (packed,) = impls.weights("jax_awq", CASE, 1)
-    ours = np.asarray(impls.IMPLS["jax_awq"].op(x, *packed), np.float32)
-    unpacked = np.asarray(impls.xla_unpack(x, *packed), np.float32)
-    dense = jnp.dot(x, jax_awq.awq_dequantize(*packed))
+    (packed,) = impls.weights(GEMM["jax_awq"], CASE, 1)
+    dense, unpacked = (
+        np.asarray(impls.IMPLS["awq_dequantize"][name].run(x, *packed))
+        for name in ("jax_awq", "xla_unpack")
+    )
+    np.testing.assert_array_equal(dense, unpacked)
+    ours = np.asarray(GEMM["jax_awq"].run(x, *packed), np.float32)
+    unpacked = np.asarray(GEMM["xla_unpack"].run(x, *packed), np.float32)
+    dense = np.asarray(GEMM["xla_dense"].run(x, jnp.asarray(dense)), np.float32)
     np.testing.assert_allclose(unpacked, ours, rtol=0, atol=2e-3 * np.abs(ours).max())
     np.testing.assert_allclose(dense, ours, rtol=0, atol=2e-3 * np.abs(ours).max())
 
 
 def test_weights_are_distinct_and_random():
-    for name in impls.IMPLS:
-        first, second = impls.weights(name, CASE, 2)
+    for impl in [*GEMM.values(), *impls.IMPLS["awq_dequantize"].values()]:
+        first, second = impls.weights(impl, CASE, 2)
+        assert sum(a.nbytes for a in first) == pytest.approx(impl.weight_bytes(CASE), rel=0.02)
         for a, b in zip(first, second, strict=True):
             assert len(np.unique(np.asarray(a))) > 30
             assert not (a == b).all()
@@ -95,39 +106,51 @@ def test_copies_exceed_the_cache():
 def test_floor():
     packed = 256 * 128 // 2 + 2 * 128 * 2 + 2 * 128 // 2
     x_and_y = 4 * (256 + 128) * 2
-    assert run.floor_us("xla_unpack", CASE) == pytest.approx((packed + x_and_y) / 4.6e6)
-    assert run.floor_us("xla_dense", CASE) == pytest.approx((256 * 128 * 2 + x_and_y) / 4.6e6)
+    assert run.floor_us("awq_gemm", "xla_unpack", CASE) == pytest.approx((packed + x_and_y) / 4.6e6)
+    dense = 256 * 128 * 2
+    assert run.floor_us("awq_gemm", "xla_dense", CASE) == pytest.approx((dense + x_and_y) / 4.6e6)
+    for name in ("jax_awq", "xla_copy"):
+        floor = run.floor_us("awq_dequantize", name, CASE)
+        assert floor == pytest.approx((packed + dense) / 4.6e6)
 
 
 def test_command_line(tmp_path, capsys):
     file = tmp_path / "results" / "awq_gemm.json"
-    command = [
-        "awq_gemm",
-        "--shapes",
-        "256x128",
-        "--dtypes",
-        "float16",
-        "--repeats",
-        "1",
-        "--min-weight-mb",
-        "0",
-        "--json",
-        str(file),
-    ]
+    command = ["awq_gemm", *OPTIONS, str(file)]
     assert main([*command, "--m", "1", "2"]) == 0
     assert main([*command, "--m", "2", "--impls", "xla_dense", "--merge"]) == 0
     captured = capsys.readouterr()
-    assert "K=256 N=128 M=2 float16 jax_awq: " in captured.err
+    assert "K=256 N=128 M=2 bfloat16 jax_awq: " in captured.err
     result = json.loads(file.read_text())
     assert {"build_info", "device", "driver", "jax", "date", "ceilings", "method"} <= set(result)
     assert [(row["M"], row["impl"]) for row in result["rows"]] == [
-        (m, impl) for m in (1, 2) for impl in impls.IMPLS
+        (m, impl) for m in (1, 2) for impl in GEMM
     ]
     for row in result["rows"]:
         assert row.keys() == ROW.keys()
         assert row["us"] > 0
     assert main(["table", str(file)]) == 0
-    assert "**K=256, N=128**, float16, group_size 128, us" in capsys.readouterr().out
+    assert "**awq_gemm, K=256, N=128, group_size 128, bfloat16, us**" in capsys.readouterr().out
+
+
+def test_command_line_of_dequantize(tmp_path):
+    file = tmp_path / "awq_dequantize.json"
+    assert main(["awq_dequantize", *OPTIONS, str(file)]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["op"], row["impl"], row["M"]) for row in rows] == [
+        ("awq_dequantize", impl, 0) for impl in ("jax_awq", "xla_copy", "xla_unpack")
+    ]
+
+
+def test_merge_keeps_no_rows_of_another_build(tmp_path):
+    file = tmp_path / "old.json"
+    dense = ROW | {"impl": "xla_dense"}
+    top = report.environment() | {"ceilings": {}, "method": ""}
+    report.write(file, top, [ROW, dense])
+    assert bench.kept(file, top) == [ROW, dense]
+    assert bench.kept(file, top | {"build_info": {"version": "another"}}) == [dense]
+    with pytest.raises(SystemExit, match="has device"):
+        bench.kept(file, top | {"device": "another"})
 
 
 def test_table():

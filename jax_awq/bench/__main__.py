@@ -1,4 +1,9 @@
-"""Command line: `python -m jax_awq.bench awq_gemm --json OUT`, `... table JSON`."""
+"""Benchmarks of the ops on the device that JAX finds, and tables of their results.
+
+python -m jax_awq.bench awq_gemm --json OUT.json
+python -m jax_awq.bench awq_dequantize --json OUT.json
+python -m jax_awq.bench table OUT.json
+"""
 
 import argparse
 import json
@@ -8,7 +13,7 @@ from typing import Any
 
 from jax_awq.bench import report
 from jax_awq.bench.impls import IMPLS
-from jax_awq.bench.run import READ_BYTES_PER_SECOND, run_awq_gemm
+from jax_awq.bench.run import READ_BYTES_PER_SECOND, run
 from jax_awq.bench.timing import METHOD, MIN_WEIGHT_BYTES
 from jax_awq.problems import BENCH_PROBLEMS, BENCH_ROWS, PROBLEMS, Problem
 
@@ -23,11 +28,10 @@ def main(argv: list[str] | None = None) -> int:
         "floor": "bytes of weight, x and y, each moved once, at read_bytes_per_second",
         "method": METHOD,
     }
-    rows: list[report.Row] = []
-    if args.merge and args.json.exists():
-        rows = json.loads(args.json.read_text(encoding="utf-8"))["rows"]
+    old = kept(args.json, top) if args.merge and args.json and args.json.exists() else []
     timed: list[report.Row] = []
-    for new in run_awq_gemm(
+    for new in run(
+        args.command,
         args.shapes,
         args.m,
         args.dtypes,
@@ -38,37 +42,60 @@ def main(argv: list[str] | None = None) -> int:
     ):
         timed += new
         if args.json is not None:  # after every weight: a run that is cut off keeps what it has
-            report.write(args.json, top, report.merge(rows, timed))
+            report.write(args.json, top, report.merge(old, timed))
     report.show(report.merge([], timed))
     return 0
 
 
+def kept(file: Path, top: dict[str, Any]) -> list[report.Row]:
+    """Rows of an earlier run that still tell of what `top` describes."""
+    old = json.loads(file.read_text(encoding="utf-8"))
+    for name in ("device", "driver", "jax", "jaxlib", "ceilings", "method"):
+        if old[name] != top[name]:
+            raise SystemExit(f"--merge: {file} has {name} {old[name]!r}, here it is {top[name]!r}")
+    if old["build_info"] == top["build_info"]:
+        return old["rows"]
+    return [row for row in old["rows"] if row["impl"] != "jax_awq"]
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m jax_awq.bench", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m jax_awq.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    bench = commands.add_parser("awq_gemm", help="time awq_gemm and what it replaces")
-    bench.add_argument(
-        "--shapes",
-        nargs="+",
-        type=_problem,
-        metavar="KxN or model/linear",
-        default=[PROBLEMS[name] for name in BENCH_PROBLEMS],
-    )
-    bench.add_argument("--m", nargs="+", type=int, default=BENCH_ROWS, help="rows of x")
-    bench.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=["float16", "bfloat16"])
-    bench.add_argument("--impls", nargs="+", default=list(IMPLS), choices=list(IMPLS))
-    bench.add_argument("--group-size", type=int, default=128)
-    bench.add_argument("--repeats", type=int, default=7)
-    bench.add_argument(
-        "--min-weight-mb",
-        type=float,
-        default=MIN_WEIGHT_BYTES / 1e6,
-        help="what the distinct weights exceed together: the cache",
-    )
-    bench.add_argument("--json", type=Path, help="file for the rows")
-    bench.add_argument(
-        "--merge", action="store_true", help="keep the rows of the file that are not timed again"
-    )
+    for op, impls in IMPLS.items():
+        bench = commands.add_parser(op, help=f"time {op} and what it replaces")
+        bench.add_argument(
+            "--shapes",
+            nargs="+",
+            type=_problem,
+            metavar="KxN or model/linear",
+            default=[PROBLEMS[name] for name in BENCH_PROBLEMS],
+        )
+        if op == "awq_gemm":
+            bench.add_argument("--m", nargs="+", type=int, default=BENCH_ROWS, help="rows of x")
+        else:
+            bench.set_defaults(m=[0])
+        dtypes = ["float16", "bfloat16"]
+        bench.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=dtypes)
+        bench.add_argument("--impls", nargs="+", default=list(impls), choices=list(impls))
+        bench.add_argument("--group-size", type=int, default=128)
+        bench.add_argument("--repeats", type=int, default=7)
+        bench.add_argument(
+            "--min-weight-mb",
+            type=float,
+            default=MIN_WEIGHT_BYTES / 1e6,
+            help="what the distinct weights exceed together: the cache",
+        )
+        bench.add_argument("--json", type=Path, help="file for the rows")
+        bench.add_argument(
+            "--merge",
+            action="store_true",
+            help="keep the rows of the file that are not timed again, "
+            "but ours only where they are of the same build",
+        )
     table = commands.add_parser("table", help="print the Markdown tables of a result")
     table.add_argument("json", type=Path)
     return parser

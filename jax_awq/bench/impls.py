@@ -1,4 +1,4 @@
-"""What is compared: our op, and the two programs that a JAX user would write without it."""
+"""What is compared: our ops, and what a JAX user would write without them."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,7 +14,7 @@ import jax_awq
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One row of the benchmark: a product of x (M, K) and a (K, N) weight."""
+    """One row of the benchmark: a (K, N) weight, and x (M, K) or M = 0 where there is none."""
 
     m: int
     k: int
@@ -40,21 +40,23 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Impl:
-    """A way to compute the product.
+    """A way to compute an op.
 
     Attributes:
-      op: from x and the arrays of a weight to y.
+      run: from x and the arrays of a weight to the result.
       make_weight: from a random key and a case to these arrays, on the device.
       weight_bytes: of these arrays.
+      moved_bytes: of weight, x and result together: what has to be moved at least.
     """
 
-    op: Callable[..., Array]
+    run: Callable[..., Array]
     make_weight: Callable[[Array, Case], tuple[Array, ...]]
     weight_bytes: Callable[[Case], int]
+    moved_bytes: Callable[[Case], int]
 
 
 def make_x(key: Array, case: Case) -> Array:
-    return jax.random.normal(key, (case.m, case.k), case.dtype)
+    return jax.random.normal(key, (max(case.m, 1), case.k), case.dtype)
 
 
 def _packed(key: Array, case: Case) -> tuple[Array, ...]:
@@ -77,32 +79,67 @@ def _dense(key: Array, case: Case) -> tuple[Array, ...]:
     return (0.02 * jax.random.normal(key, (case.k, case.n), case.dtype),)
 
 
+def _copied(key: Array, case: Case) -> tuple[Array, ...]:
+    """An array whose copy moves as many bytes as dequantizing does."""
+    rows = (case.packed_bytes + case.dense_bytes) // 2 // jnp.dtype(case.dtype).itemsize // case.n
+    return (jax.random.normal(key, (rows, case.n), case.dtype),)
+
+
 _SHIFTS = 4 * np.array([0, 4, 1, 5, 2, 6, 3, 7])  # of the nibble that holds column 8 j + t
 
 
-def xla_unpack(x: Array, qweight: Array, scales: Array, qzeros: Array) -> Array:
-    """The product in plain jnp: shift, mask, subtract the zero, scale, dot."""
+def xla_dequantize(dtype: Any, qweight: Array, scales: Array, qzeros: Array) -> Array:
+    """The weight in plain jnp: shift, mask, subtract the zero, scale."""
 
     def unpack(words: Array) -> Array:
         codes = (words[..., None] >> _SHIFTS.astype(np.int32)) & 0xF
-        return codes.reshape(words.shape[0], -1).astype(x.dtype)
+        return codes.reshape(words.shape[0], -1).astype(dtype)
 
     group_size = qweight.shape[0] // scales.shape[0]
     zeros, factors = (
-        jnp.repeat(a, group_size, axis=0) for a in (unpack(qzeros), scales.astype(x.dtype))
+        jnp.repeat(a, group_size, axis=0) for a in (unpack(qzeros), scales.astype(dtype))
     )
-    return jnp.dot(x, (unpack(qweight) - zeros) * factors)
+    return (unpack(qweight) - zeros) * factors
 
 
-IMPLS = {
-    "jax_awq": Impl(jax_awq.awq_gemm, _packed, lambda case: case.packed_bytes),
-    "xla_dense": Impl(jnp.dot, _dense, lambda case: case.dense_bytes),
-    "xla_unpack": Impl(xla_unpack, _packed, lambda case: case.packed_bytes),
+def xla_unpack(x: Array, *weight: Array) -> Array:
+    return jnp.dot(x, xla_dequantize(x.dtype, *weight))
+
+
+def _packed_gemm(case: Case) -> int:
+    return case.packed_bytes + case.activation_bytes
+
+
+def _unpacked(case: Case) -> int:
+    return case.packed_bytes + case.dense_bytes
+
+
+# By op, then by the name in a row.
+IMPLS: dict[str, dict[str, Impl]] = {
+    "awq_gemm": {
+        "jax_awq": Impl(jax_awq.awq_gemm, _packed, lambda c: c.packed_bytes, _packed_gemm),
+        "xla_dense": Impl(
+            jnp.dot, _dense, lambda c: c.dense_bytes, lambda c: c.dense_bytes + c.activation_bytes
+        ),
+        "xla_unpack": Impl(xla_unpack, _packed, lambda c: c.packed_bytes, _packed_gemm),
+    },
+    "awq_dequantize": {
+        "jax_awq": Impl(
+            lambda x, *w: jax_awq.awq_dequantize(*w, dtype=x.dtype),
+            _packed,
+            lambda c: c.packed_bytes,
+            _unpacked,
+        ),
+        "xla_copy": Impl(lambda x, a: a + x[0, 0], _copied, lambda c: _unpacked(c) // 2, _unpacked),
+        "xla_unpack": Impl(
+            lambda x, *w: xla_dequantize(x.dtype, *w), _packed, lambda c: c.packed_bytes, _unpacked
+        ),
+    },
 }
 
 
-def weights(impl: str, case: Case, copies: int) -> list[tuple[Any, ...]]:
+def weights(impl: Impl, case: Case, copies: int) -> list[tuple[Any, ...]]:
     """Distinct random weights; never zeros, which flatter the power limit of a GPU."""
-    make = jax.jit(IMPLS[impl].make_weight, static_argnums=1)
+    make = jax.jit(impl.make_weight, static_argnums=1)
     keys = jax.random.split(jax.random.key(0), copies)
     return [make(key, dataclasses.replace(case, m=0)) for key in keys]

@@ -52,7 +52,7 @@ def merge(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
     weights = list(dict.fromkeys((r["K"], r["N"]) for r in rows.values()))
     return sorted(
         rows.values(),
-        key=lambda r: (weights.index((r["K"], r["N"])), r["dtype"], r["M"], r["impl"]),
+        key=lambda r: (r["op"], weights.index((r["K"], r["N"])), r["dtype"], r["M"], r["impl"]),
     )
 
 
@@ -63,11 +63,11 @@ def _key(row: Row) -> tuple[Any, ...]:
 def markdown(rows: Iterable[Row]) -> str:
     """The README's tables: microseconds, and how many times faster than each other program."""
     parts = []
-    for (k, n, group_size, dtype), cells in _tables(rows).items():
+    for title, cells in _tables(rows).items():
         others = sorted({impl for _, impl in cells} - {"jax_awq"})
         head = ["M", "jax_awq", *others, *(f"vs {impl}" for impl in others), "floor"]
         parts += [
-            f"\n**K={k}, N={n}**, {dtype}, group_size {group_size}, us\n",
+            f"\n**{title}**\n",
             f"| {' | '.join(head)} |",
             "|" + "---:|" * len(head),
         ]
@@ -83,9 +83,9 @@ def show(rows: Iterable[Row]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    for (k, n, group_size, dtype), cells in _tables(rows).items():
+    for title, cells in _tables(rows).items():
         others = sorted({impl for _, impl in cells} - {"jax_awq"})
-        table = Table(title=f"K={k} N={n} {dtype} group_size={group_size}, us")
+        table = Table(title=title)
         for name in ("M", "jax_awq", *others, *(f"vs {impl}" for impl in others), "floor"):
             table.add_column(name, justify="right")
         for line in _lines(cells, others):
@@ -93,11 +93,14 @@ def show(rows: Iterable[Row]) -> None:
         Console().print(table)
 
 
-def _tables(rows: Iterable[Row]) -> dict[tuple[Any, ...], dict[tuple[int, str], Row]]:
-    tables: dict[tuple[Any, ...], dict[tuple[int, str], Row]] = {}
+def _tables(rows: Iterable[Row]) -> dict[str, dict[tuple[int, str], Row]]:
+    tables: dict[str, dict[tuple[int, str], Row]] = {}
     for row in rows:
-        key = row["K"], row["N"], row["group_size"], row["dtype"]
-        tables.setdefault(key, {})[row["M"], row["impl"]] = row
+        title = (
+            f"{row['op']}, K={row['K']}, N={row['N']}, group_size {row['group_size']}, "
+            f"{row['dtype']}, us"
+        )
+        tables.setdefault(title, {})[row["M"], row["impl"]] = row
     return tables
 
 

@@ -1,4 +1,4 @@
-"""The benchmark of `awq_gemm`: rows for every weight, M, dtype and implementation."""
+"""The benchmark: rows for every weight, dtype, M and implementation of an op."""
 
 import math
 import sys
@@ -9,7 +9,14 @@ import jax
 
 import jax_awq
 from jax_awq.bench.impls import IMPLS, Case, make_x, weights
-from jax_awq.bench.timing import MIN_CALLS, MIN_WEIGHT_BYTES, chained_loop, copies_for, time_program
+from jax_awq.bench.timing import (
+    MIN_CALLS,
+    MIN_WEIGHT_BYTES,
+    calls_for,
+    chained_loop,
+    copies_for,
+    time_program,
+)
 from jax_awq.problems import Problem
 
 # Measured on an H200: reading a large buffer, and the dense product of XLA at its best.
@@ -17,12 +24,13 @@ READ_BYTES_PER_SECOND = 4.6e12
 FLOPS_PER_SECOND = 660e12
 
 
-def floor_us(impl: str, case: Case) -> float:
-    """Microseconds to read weight and x and to write y, each once, at the rate of memory."""
-    return (IMPLS[impl].weight_bytes(case) + case.activation_bytes) / READ_BYTES_PER_SECOND * 1e6
+def floor_us(op: str, impl: str, case: Case) -> float:
+    """Microseconds to move weight, x and result, each once, at the rate of memory."""
+    return IMPLS[op][impl].moved_bytes(case) / READ_BYTES_PER_SECOND * 1e6
 
 
-def run_awq_gemm(
+def run(
+    op: str,
     problems: Sequence[Problem],
     rows: Sequence[int],
     dtypes: Sequence[str],
@@ -40,16 +48,17 @@ def run_awq_gemm(
             for impl in impls:
                 # One set of weights serves every M, and is freed before the next.
                 case = Case(0, problem.k, problem.n, group_size, dtype)
-                data = weights(
-                    impl, case, copies_for(IMPLS[impl].weight_bytes(case), min_weight_bytes)
-                )
+                copies = copies_for(IMPLS[op][impl].weight_bytes(case), min_weight_bytes)
+                # Without an x that tells them apart, two calls need two weights.
+                copies = copies if op == "awq_gemm" else max(copies, MIN_CALLS)
+                data = weights(IMPLS[op][impl], case, copies)
                 for m in rows:
                     case = Case(m, problem.k, problem.n, group_size, dtype)
-                    row = _time(impl, case, data, repeats, min_seconds)
+                    row = _time(op, impl, case, data, repeats, min_seconds)
                     results.append(row)
                     print(
-                        f"K={case.k} N={case.n} M={m} {dtype} {impl}: {row['us']:.2f} us, "
-                        f"{row['us'] / row['floor_us']:.2f} x floor{_kernel(impl, case, data)}",
+                        f"{op} K={case.k} N={case.n} M={m} {dtype} {impl}: {row['us']:.2f} us, "
+                        f"{row['us'] / row['floor_us']:.2f} x floor{_kernel(op, impl, case, data)}",
                         file=sys.stderr,
                         flush=True,
                     )
@@ -58,19 +67,24 @@ def run_awq_gemm(
 
 
 def _time(
-    impl: str, case: Case, data: list[tuple[Any, ...]], repeats: int, min_seconds: float
+    op: str,
+    impl: str,
+    case: Case,
+    data: list[tuple[Any, ...]],
+    repeats: int,
+    min_seconds: float,
 ) -> dict[str, Any]:
-    calls = len(data) * math.ceil(MIN_CALLS / len(data))
-    floor = floor_us(impl, case)
+    calls = calls_for(len(data))
+    floor = floor_us(op, impl, case)
     flops_us = 2 * case.m * case.k * case.n / FLOPS_PER_SECOND * 1e6
     # At least two, or XLA would remove the loop; more for short calls, to hide the start of it.
     iterations = min(32, max(2, math.ceil(1000 / (calls * max(floor, flops_us, 3)))))
-    x = make_x(jax.random.key(1), case)
-    program = jax.jit(chained_loop(IMPLS[impl].op, calls, iterations))
-    compiled = program.lower(x, data).compile()
-    seconds = time_program(lambda: compiled(x, data), repeats=repeats, min_seconds=min_seconds)
+    keys = jax.random.split(jax.random.key(1), calls // len(data))
+    operands = [make_x(key, case) for key in keys], data
+    program = jax.jit(chained_loop(IMPLS[op][impl].run, iterations)).lower(*operands).compile()
+    seconds = time_program(lambda: program(*operands), repeats=repeats, min_seconds=min_seconds)
     return {
-        "op": "awq_gemm",
+        "op": op,
         "impl": impl,
         "M": case.m,
         "N": case.n,
@@ -82,9 +96,9 @@ def _time(
     }
 
 
-def _kernel(impl: str, case: Case, data: list[tuple[Any, ...]]) -> str:
-    if impl != "jax_awq":
+def _kernel(op: str, impl: str, case: Case, data: list[tuple[Any, ...]]) -> str:
+    if impl != "jax_awq" or op != "awq_gemm":
         return ""
     x = jax.ShapeDtypeStruct((case.m, case.k), case.dtype)
-    plan = jax_awq.plan("awq_gemm", x, *data[0])
+    plan = jax_awq.plan(op, x, *data[0])
     return f" ({plan.kernel or plan.route}, split_k {plan.split_k})"

@@ -1,5 +1,6 @@
 """How one op is timed: inside a jitted loop over distinct weights."""
 
+import itertools
 import math
 import statistics
 import time
@@ -31,28 +32,32 @@ def copies_for(weight_bytes: float, min_bytes: float) -> int:
     return max(MIN_COPIES, math.ceil(min_bytes / weight_bytes))
 
 
-def chained_loop(op: Callable[..., Array], calls: int, iterations: int) -> Callable[..., Array]:
-    """A function of (x, weights) that makes `calls * iterations` calls of `op(x, *weight)`.
+def calls_for(copies: int) -> int:
+    """Calls in an iteration: every weight as often as the others."""
+    return copies * math.ceil(MIN_CALLS / copies)
+
+
+def chained_loop(op: Callable[..., Array], iterations: int) -> Callable[..., Array]:
+    """A function of (xs, weights) that calls `op(x, *weight)` for all pairs, `iterations` times.
 
     Args:
       op: from x and the arrays of one weight to y.
-      calls: in an iteration; the weights take turns.
       iterations: fixed, since a loop whose length is not known waits for the host every time.
 
     Returns:
       Function to be jitted; its result is a scalar that depends on every call.
     """
 
-    def program(x: Array, weights: Sequence[Any]) -> Array:
+    def program(xs: Sequence[Array], weights: Sequence[Any]) -> Array:
         def body(_: Any, carry: Array) -> Array:
             seen = []
-            for call in range(calls):
+            # The weights take turns. No pair comes back, so that XLA cannot merge two calls even
+            # where it drops the barriers first.
+            for x, weight in itertools.product(xs, weights):
                 # Behind the barrier, x and the weight depend on the call before: XLA can neither
-                # drop nor merge nor reorder calls, nor move an unpacked weight out of the loop.
-                x_now, weight, carry = lax.optimization_barrier(
-                    (x, weights[call % len(weights)], carry)
-                )
-                y, carry = lax.optimization_barrier((op(x_now, *weight), carry))
+                # reorder the calls nor move one, or an unpacked weight, out of the loop.
+                x_now, weight_now, carry = lax.optimization_barrier((x, weight, carry))
+                y, carry = lax.optimization_barrier((op(x_now, *weight_now), carry))
                 seen.append(y[0, 0].astype(jnp.float32))
             # One small kernel for all calls of the iteration.
             return carry + sum(seen)

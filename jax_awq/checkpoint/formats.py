@@ -41,11 +41,11 @@ class Readable(Format):
     """A layout that can be loaded."""
 
     @abc.abstractmethod
-    def geometry(self, module: str, parts: Parts, config: QuantConfig) -> list[Tensor]:
-        """The tensors that `build` takes, in its order, checked. Raises ValueError."""
+    def geometry(self, module: str, parts: Parts, config: QuantConfig) -> tuple[list[Tensor], int]:
+        """The tensors that `build` takes, checked and in its order, and the group size."""
 
     @abc.abstractmethod
-    def build(self, arrays: list[Any], config: QuantConfig) -> AWQWeight:
+    def build(self, arrays: list[Any], group_size: int) -> AWQWeight:
         """The weight of the arrays."""
 
 
@@ -54,7 +54,7 @@ class AutoAWQ(Readable):
 
     layout: str
 
-    def geometry(self, module: str, parts: Parts, config: QuantConfig) -> list[Tensor]:
+    def geometry(self, module: str, parts: Parts, config: QuantConfig) -> tuple[list[Tensor], int]:
         names = ["qweight", "scales"] + (["qzeros"] if config.zero_point is not False else [])
         for name in names:
             if name not in parts:
@@ -81,7 +81,7 @@ class AutoAWQ(Readable):
             _check(parts["qzeros"], ("I32",), qzeros_shape, why)
         if "bias" in parts:
             _check(parts["bias"], _FLOATS, (n,), why)
-        return [parts[name] for name in names]
+        return [parts[name] for name in names], group_size
 
     def group_size(self, k: int, scales: Tensor, config: QuantConfig) -> int:
         if config.group_size is None:
@@ -93,8 +93,8 @@ class AutoAWQ(Readable):
             )
         return config.group_size
 
-    def build(self, arrays: list[Any], config: QuantConfig) -> AWQWeight:
-        return AWQWeight(*arrays, layout=self.layout, group_size=config.group_size)
+    def build(self, arrays: list[Any], group_size: int) -> AWQWeight:
+        return AWQWeight(*arrays, layout=self.layout, group_size=group_size)
 
 
 class Gemm(AutoAWQ):

@@ -55,7 +55,7 @@ def load_hf(
     tensors = find_tensors(folder)
     config = read_config(folder)
     linears = _find_linears(tensors, config)
-    packed = {t.name for _, parts in linears.values() for t in parts}
+    packed = {t.name for _, parts, _ in linears.values() for t in parts}
     plain = {name: t for name, t in tensors.items() if name not in packed}
     for name in linears:
         if name in plain:
@@ -79,14 +79,14 @@ def load_hf(
             if name in plain:
                 result[name] = load(plain[name], dtype)
             else:
-                found, parts = linears[name]
-                result[name] = found.build([load(t) for t in parts], config)
+                found, parts, group_size = linears[name]
+                result[name] = found.build([load(t) for t in parts], group_size)
     return result
 
 
 def _find_linears(
     tensors: dict[str, Tensor], config: QuantConfig
-) -> dict[str, tuple[Readable, list[Tensor]]]:
+) -> dict[str, tuple[Readable, list[Tensor], int]]:
     modules: dict[str, dict[str, Tensor]] = collections.defaultdict(dict)
     for name, tensor in tensors.items():
         module, _, part = name.rpartition(".")
@@ -95,7 +95,7 @@ def _find_linears(
     for module, parts in modules.items():
         if is_linear(parts):
             found = format_of(parts, config)
-            linears[module] = found, found.geometry(module, parts, config)
+            linears[module] = found, *found.geometry(module, parts, config)
     if not linears:
         files = ", ".join(sorted({str(t.file) for t in tensors.values()}))
         raise ValueError(
