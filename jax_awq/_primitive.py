@@ -81,17 +81,18 @@ def apply_explicit(name: str, fn: Rule, *operands: Any, **params: Any) -> tuple[
 
     `custom_partitioning` in the lowering serves Auto axes; XLA refuses it under an Explicit mesh.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.explicit_axes:
-        return fn(*operands, **params)
     op, avals = OPS[name], [jax.typeof(o) for o in operands]
+    meshes = [jax.sharding.get_abstract_mesh(), *(a.sharding.mesh for a in avals)]
+    mesh = next((m for m in meshes if m.explicit_axes), None)
+    if mesh is None:
+        return fn(*operands, **params)
     sharding = op.sharding(*avals, **params)
     ins, outs = _parse(sharding.rule)
     axes = _split_factors(sharding, ins, [a.shape for a in avals],
                           [a.sharding.spec for a in avals], mesh.shape)
     in_specs, out_specs = (tuple(_spec(dims, axes) for dims in terms) for terms in (ins, outs))
     run = jax.shard_map(
-        functools.partial(_on_shard, op, fn, params, _summed_axes(sharding, axes)),
+        functools.partial(_on_shard, op, fn, params, _summed_axes(sharding, axes)), mesh=mesh,
         in_specs=in_specs, out_specs=out_specs)
     return run(*(jax.sharding.reshard(o, NamedSharding(mesh, spec))
                  for o, spec in zip(operands, in_specs, strict=True)))

@@ -55,16 +55,21 @@ def test_vmap_of_every_subset_of_operands(case):
 
 @every_case
 def test_nested_vmap(case):
-    """Weights in the inner map and everything in the outer: batches of batches."""
-    variants = [[case.another(2 * i + j) for j in range(E)] for i in range(E)]
-    stacked = [np.stack([np.stack([v[i] for v in row]) for row in variants])
-               for i in range(len(case.operands))]
-    inner = [None, *[0] * (len(case.operands) - 1)]
-    stacked[0] = stacked[0][:, 0]
-    got = jax.vmap(jax.vmap(case.fn, inner))(*stacked)
-    each = [[(variants[i][0][0], *variants[i][j][1:]) for j in range(E)] for i in range(E)]
-    assert_close(got, np.stack([np.stack([case.exact(*o) for o in row]) for row in each]),
-                 jnp.stack([jnp.stack([case.fn(*o) for o in row]) for row in each]))
+    """A batch of weights under an outer map of one operand, and of all: batches of batches."""
+    count, inner_size = len(case.operands), 3
+    inner = [False, *[True] * (count - 1)]
+    for outer in [*np.eye(count, dtype=bool).tolist(), [True] * count]:
+        each = [[tuple(case.another(inner_size * i * outer[o] + j * inner[o])[o]
+                       for o in range(count)) for j in range(inner_size)] for i in range(E)]
+        operands = []
+        for o in range(count):
+            rows = [np.stack([each[i][j][o] for j in range(inner_size)]) if inner[o]
+                    else each[i][0][o] for i in range(E)]
+            operands.append(np.stack(rows) if outer[o] else rows[0])
+        got = jax.vmap(jax.vmap(case.fn, [0 if m else None for m in inner]),
+                       [0 if m else None for m in outer])(*operands)
+        assert_close(got, np.stack([np.stack([case.exact(*o) for o in row]) for row in each]),
+                     jnp.stack([jnp.stack([case.fn(*o) for o in row]) for row in each]))
 
 
 # --- derivatives, against float64
@@ -128,6 +133,27 @@ def test_vmap_of_grad(case):
             # Folding changes only the order of sums, which the last bits of 16-bit types show.
             np.testing.assert_allclose(batched[i].astype(np.float32), single.astype(np.float32),
                                        rtol=2e-2, atol=2e-2 * float(np.abs(single).max()))
+
+
+@every_case
+def test_grad_of_an_operand_shared_over_a_batch(case):
+    """Grad outside vmap: what the map shares collects the gradients of the whole batch."""
+    cotangent = _cotangent(case)
+    variants = [case.operands, case.another(1), case.another(2)]
+    for shared in case.floats:
+        axes = [None if i == shared else 0 for i in range(len(case.operands))]
+        stacked = [np.stack(values) for values in zip(*variants, strict=True)]
+
+        def loss(value, fn, operands, shared=shared):
+            operands = [value if i == shared else o for i, o in enumerate(operands)]
+            return (fn(*operands).astype(jnp.float32) * cotangent).sum()
+
+        value = case.operands[shared]
+        got = jax.grad(loss)(value, jax.vmap(case.fn, axes), stacked)
+        want = np.sum([np.asarray(jax.grad(loss)(value, case.fn, v), np.float32)
+                       for v in variants], 0)
+        np.testing.assert_allclose(np.asarray(got, np.float32), want, rtol=2e-2,
+                                   atol=2e-2 * np.abs(want).max())
 
 
 @every_case

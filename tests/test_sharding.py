@@ -166,6 +166,16 @@ def test_explicit_axes(rng, layout, wrap, x_spec, split, bias_spec, result):
         assert_close(np.asarray(y), p.float64(), np.asarray(p.reference()))
 
 
+def test_explicit_arrays_outside_their_mesh(rng):
+    p = random_problem(rng, M, K, N, group_size=32)
+    mesh = jax.make_mesh((DP, TP), ("dp", "tp"), axis_types=(AxisType.Explicit,) * 2)
+    x, weight = jax.tree.map(lambda a, s: jax.device_put(a, NamedSharding(mesh, s)),
+                             (p.x, p.weight), (P("dp"), specs_of(p.weight, "N")))
+    y = x @ weight
+    assert jax.typeof(y).sharding.spec == P("dp", "tp")
+    assert_close_to_float64(y, p)
+
+
 @pytest.mark.usefixtures("explicit")
 def test_explicit_free_dimensions_and_gradient(rng):
     p = random_problem(rng, (4, 3), K, N, group_size=32, dtype=np.float32)
