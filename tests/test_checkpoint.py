@@ -118,17 +118,16 @@ def test_packed_vectors(tmp_path, case, version):
     weight = loaded[LINEAR]
     assert weight.layout == version
     assert weight.group_size == VECTORS[case]
-    assert_same_bits(weight.dequantize(), data["fake_quant_fp16_oc_ic"].T)
-    assert_same_bits(
-        jax_awq.convert(weight, "oc_major").dequantize(), data["fake_quant_fp16_oc_ic"].T
-    )
+    fake = data["fake_quant_fp16_oc_ic"].T
+    assert_same_bits(weight.dequantize(), fake)
+    assert_same_bits(jax_awq.convert(weight, "oc_major").dequantize(), fake)
     bias = loaded.get(f"{LINEAR}.bias")
     assert (bias is None) == (case != "ic512_oc192_g128")
     y = jax_awq.awq_gemm(data["x_fp16"], weight, bias=bias, out_dtype=jnp.float32)
-    # The same float16 weights, float32 sums: only the order of summation differs.
-    np.testing.assert_allclose(
-        np.asarray(y), data["y_fp32"], rtol=0, atol=1e-5 * np.abs(data["y_fp32"]).max()
-    )
+    # y_fp32 has float16 weights; a kernel may leave (q - z) * s unrounded, half an ulp away.
+    rounding = np.abs(data["x_fp16"]).astype(np.float32) @ np.abs(fake).astype(np.float32) / 2**11
+    error = np.abs(np.asarray(y) - data["y_fp32"])
+    assert (error <= rounding + 1e-5 * np.abs(data["y_fp32"]).max()).all()
 
 
 # What a checkpoint may look like

@@ -70,7 +70,9 @@ def test_llama_mlp():
         for what in ("gate_proj", "down_proj", "mlp, jit", "mlp, jit of vmap")
     }
     for (dtype, what), error in errors.items():
-        assert 0 < error < TOLERANCE[dtype], (dtype, what)
+        assert error < TOLERANCE[dtype], (dtype, what)
+        # Only float32 sums, in the order of the other tool, can give its very bits.
+        assert error > 0 or dtype == "float32", (dtype, what)
     assert "device: " in output
     assert "every error is within its tolerance" in output
 
