@@ -1,6 +1,7 @@
 """`load_hf` refuses damaged, missing and contradictory files with one error that names them."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -122,3 +123,11 @@ def test_stray_shard(tmp_path):
     write(folder, {"a.weight": np.ones(4, np.float16)}, file="model-00009.safetensors")
     with pytest.raises(ValueError, match=r"index\.json does not name model-00009\.safetensors"):
         jax_awq.load_hf(folder)
+
+
+def test_without_safetensors(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(
+        ImportError, match=r"load_hf needs safetensors: pip install 'jax_awq\[hf\]'"
+    ):
+        jax_awq.load_hf(write(tmp_path, linear()))
