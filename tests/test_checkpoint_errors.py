@@ -119,6 +119,18 @@ def test_defect_of_a_tensor(tmp_path, defect):
     assert str(tmp_path / "model.safetensors") in str(caught.value)
 
 
+def test_size_that_no_op_takes(tmp_path):
+    tensors = {
+        f"{LINEAR}.qweight": np.zeros((12, 32), np.int32),
+        f"{LINEAR}.scales": np.ones((12, 8), np.float16),
+        f"{LINEAR}.qzeros": np.zeros((12, 1), np.int32),
+    }
+    with pytest.raises(
+        ValueError, match=r"qweight in .*model\.safetensors: AWQWeight: N=12 must be"
+    ):
+        jax_awq.load_hf(write(tmp_path, tensors, {**CONFIG, "version": "gemv"}))
+
+
 # Defects of the configuration
 
 

@@ -80,7 +80,10 @@ def load_hf(
                 result[name] = load(plain[name], dtype)
             else:
                 found, parts, group_size = linears[name]
-                result[name] = found.build([load(t) for t in parts], group_size)
+                try:
+                    result[name] = found.build([load(t) for t in parts], group_size)
+                except ValueError as error:  # a size that no op takes, such as N = 12
+                    raise ValueError(f"load_hf: {parts[0]}: {error}") from error
     return result
 
 
