@@ -125,9 +125,7 @@ def test_size_that_no_op_takes(tmp_path):
         f"{LINEAR}.scales": np.ones((12, 8), np.float16),
         f"{LINEAR}.qzeros": np.zeros((12, 1), np.int32),
     }
-    with pytest.raises(
-        ValueError, match=r"qweight in .*safetensors: AWQWeight: N=12 must be"
-    ):
+    with pytest.raises(ValueError, match=r"qweight in .*safetensors: AWQWeight: N=12 must be"):
         jax_awq.load_hf(write(tmp_path, tensors, {**CONFIG, "version": "gemv"}))
 
 
