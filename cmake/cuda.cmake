@@ -127,6 +127,9 @@ foreach(entry IN LISTS architectures)
     message(FATAL_ERROR "JAX_AWQ_CUDA_ARCHITECTURES: `${entry}` is not an architecture, such as "
       "80, 90a-real or 75-virtual")
   endif()
+  if("${CMAKE_MATCH_1}${CMAKE_MATCH_2}" STREQUAL "90a")
+    set(sm90a JAX_AWQ_SM90A)  # without the "a" there is no wgmma
+  endif()
   if(NOT CMAKE_MATCH_3 STREQUAL "-virtual")
     string(APPEND real "${CMAKE_MATCH_1},")
     string(APPEND names "\"sm_${CMAKE_MATCH_1}${CMAKE_MATCH_2}\",")
@@ -139,5 +142,5 @@ endforeach()
 set(CMAKE_CUDA_ARCHITECTURES "${architectures}")
 set(JAX_AWQ_ARCHITECTURE_NAMES "${names}")
 set(JAX_AWQ_ARCHITECTURE_DEFINITIONS
-  "JAX_AWQ_REAL_ARCHS=${real}" "JAX_AWQ_VIRTUAL_ARCHS=${virtual}")
+  "JAX_AWQ_REAL_ARCHS=${real}" "JAX_AWQ_VIRTUAL_ARCHS=${virtual}" ${sm90a})
 message(STATUS "CUDA ${JAX_AWQ_NVCC_VERSION}, architectures ${architectures}")

@@ -58,6 +58,15 @@ __device__ __forceinline__ void StoreEight(void* p, const float (&v)[8], DType d
   }
 }
 
+// Part `index` of `parts` of `total` units: as even as can be, whatever else is in the problem.
+struct Share {
+  __device__ Share(unsigned total, unsigned index, unsigned parts)
+      : first(total / parts * index + min(index, total % parts)),
+        count(total / parts + (index < total % parts)) {}
+  int first;
+  int count;
+};
+
 struct EpilogueParams {
   void* y;            // this batch entry's (M, outputs)
   const void* bias;   // this batch entry's (outputs), or nullptr
@@ -85,21 +94,32 @@ __device__ __forceinline__ void FinishOne(const EpilogueParams& p, int64_t token
   }
 }
 
-// Finishes eight neighbouring outputs of one token.
-__device__ __forceinline__ void FinishEight(const EpilogueParams& p, int64_t token, int64_t output,
-                                            float (&v)[8]) {
-  if (p.outputs % 8 == 0) {
+// Finishes four neighbouring outputs of one token.
+__device__ __forceinline__ void FinishFour(const EpilogueParams& p, int64_t token, int64_t output,
+                                           float4 v) {
+  if (p.outputs % 4) {  // only a transposed product with odd K
+    const float values[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-    for (int i = 0; i < 8; ++i) v[i] = Finish(p, output + i, v[i]);
-    StoreEight(static_cast<char*>(p.y) + (token * p.outputs + output) * SizeOf(p.out_dtype), v,
-               p.out_dtype);
+    for (int i = 0; i < 4; ++i) {
+      if (output + i < p.outputs) FinishOne(p, token, output + i, values[i]);
+    }
     return;
   }
-  // Only a transposed product with odd K comes here.
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    if (output + i < p.outputs) FinishOne(p, token, output + i, v[i]);
+  v.x = Finish(p, output, v.x);
+  v.y = Finish(p, output + 1, v.y);
+  v.z = Finish(p, output + 2, v.z);
+  v.w = Finish(p, output + 3, v.w);
+  const int64_t at = token * p.outputs + output;
+  if (p.out_dtype == DType::kF32) {
+    *reinterpret_cast<float4*>(static_cast<float*>(p.y) + at) = v;
+  } else {
+    *reinterpret_cast<uint2*>(static_cast<uint16_t*>(p.y) + at) =
+        make_uint2(PackPair(v.x, v.y, p.out_dtype), PackPair(v.z, v.w, p.out_dtype));
   }
+}
+
+__device__ __forceinline__ void Add(float4& sum, float4 v) {
+  sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
 }
 
 // Sums a tile of float32 partial results over the cluster (`splits` CTAs, in rank order, so that
@@ -110,50 +130,53 @@ template <int kTokens, int kOutputs, int kStride, int kThreads>
 __device__ __forceinline__ void ReduceAndStore(const EpilogueParams& p, const float* tile,
                                                int64_t token0, int64_t output0, int split,
                                                int splits, int64_t partial_stride) {
-  constexpr int kEights = kTokens * kOutputs / 8;
-  const int tid = threadIdx.x;
+  constexpr int kFours = kOutputs / 4;  // of a token
+  const int tokens = static_cast<int>(min(p.m - token0, static_cast<int64_t>(kTokens)));
   int first = 0;
-  int last = kEights;
+  int last = tokens * kFours;
 #if __CUDA_ARCH__ >= 900
   const bool cluster = splits > 1 && p.partials == nullptr;
   if (cluster) {
     ClusterSync();
-    first = kEights * split / splits;
-    last = kEights * (split + 1) / splits;
+    const Share share(last, split, splits);
+    first = share.first;
+    last = share.first + share.count;
   }
 #endif
-  for (int e = first + tid; e < last; e += kThreads) {
-    const int row = e / (kOutputs / 8);
-    const int column = e % (kOutputs / 8) * 8;
+  for (int e = first + threadIdx.x; e < last; e += kThreads) {
+    const int row = e / kFours;
+    const int column = e % kFours * 4;
     const int64_t token = token0 + row;
     const int64_t output = output0 + column;
-    if (token >= p.m || output >= p.outputs) continue;
+    if (output >= p.outputs) continue;
     const float* from = tile + row * kStride + column;
-    float v[8] = {};
 #if __CUDA_ARCH__ >= 900
     if (cluster) {
       const uint32_t local = SharedAddress(from);
-      for (int r = 0; r < splits; ++r) {
-        const uint32_t remote = MapToRank(local, r);
-        const float4 a = LoadClusterShared(remote);
-        const float4 b = LoadClusterShared(remote + 16);
-        v[0] += a.x, v[1] += a.y, v[2] += a.z, v[3] += a.w;
-        v[4] += b.x, v[5] += b.y, v[6] += b.z, v[7] += b.w;
+      float4 parts[kMaxCluster];  // all loads in flight at once: a remote one takes 200 cycles
+#pragma unroll
+      for (int r = 0; r < kMaxCluster; ++r) {
+        if (r < splits) parts[r] = LoadClusterShared(MapToRank(local, r));
       }
-      FinishEight(p, token, output, v);
+      float4 sum = parts[0];
+#pragma unroll
+      for (int r = 1; r < kMaxCluster; ++r) {
+        if (r < splits) Add(sum, parts[r]);
+      }
+      FinishFour(p, token, output, sum);
       continue;
     }
 #endif
-#pragma unroll
-    for (int i = 0; i < 8; ++i) v[i] = from[i];
+    const float4 v = *reinterpret_cast<const float4*>(from);
     if (p.partials) {
       float* to = p.partials + split * partial_stride + token * p.outputs + output;
+      const float values[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        if (output + i < p.outputs) to[i] = v[i];
+      for (int i = 0; i < 4; ++i) {
+        if (output + i < p.outputs) to[i] = values[i];
       }
     } else {
-      FinishEight(p, token, output, v);
+      FinishFour(p, token, output, v);
     }
   }
 #if __CUDA_ARCH__ >= 900

@@ -12,29 +12,28 @@
 
 namespace jax_awq {
 
-constexpr int kDepth = 64;         // contraction indices of a tile
-constexpr int kTileOutputs = 128;  // outputs of a tile
+constexpr int kDepth = 64;  // contraction indices of a tile
 
 // A tile of qweight in shared memory. Row strides are padded for conflict-free reads.
-template <bool kOutputPacked>
+template <bool kOutputPacked, int kTileOutputs>
 struct WordTile;
 
-template <>
-struct WordTile<true> {  // words lie along the outputs: row = contraction index
+template <int kTileOutputs>
+struct WordTile<true, kTileOutputs> {  // words lie along the outputs: row = contraction index
   static constexpr int kRows = kDepth;
   static constexpr int kWords = kTileOutputs / 8;
   static constexpr int kStride = kWords + 4;  // rows 2t, 2t + 2, ... fall 8 banks apart
 };
 
-template <>
-struct WordTile<false> {  // words lie along the contraction: row = output
+template <int kTileOutputs>
+struct WordTile<false, kTileOutputs> {  // words lie along the contraction: row = output
   static constexpr int kRows = kTileOutputs;
   static constexpr int kWords = kDepth / 8;
   static constexpr int kStride = kWords + 4;
 };
 
 // Scales and zero points of a tile: kRows groups of kColumns columns of N.
-template <bool kTranspose>
+template <bool kTranspose, int kTileOutputs>
 struct GroupTile {
   static constexpr int kRows = kTranspose ? kTileOutputs / 32 : kDepth / 32;
   static constexpr int kColumns = kTranspose ? kDepth : kTileOutputs;
@@ -47,69 +46,82 @@ struct TileView {
   const uint16_t* scales;
   const uint32_t* zeros;
   int warp_output;       // first of the warp's 64 outputs within the tile
-  int64_t group_size;
+  int group_shift;
   bool scales_are_bf16;
 };
 
-template <typename T, Layout kLayout, bool kTranspose>
+// `kTiles` of the four 16-row tiles: all, or those two that are left to one of two warpgroups, which
+// then share every word, one taking its even bytes and the other its odd ones.
+template <typename T, Layout kLayout, bool kTranspose, int kTileOutputs, int kTiles = 4>
 class Fragments {
  public:
   static constexpr bool kOutputPacked = (kLayout == Layout::kGemm) != kTranspose;
-  using Words = WordTile<kOutputPacked>;
-  using Groups = GroupTile<kTranspose>;
+  using Words = WordTile<kOutputPacked, kTileOutputs>;
+  using Groups = GroupTile<kTranspose, kTileOutputs>;
 
-  // Output of fragment row (j, h, g), relative to the warp's first.
-  __device__ static int OutputOf(int j, int h, int g) {
+  __device__ Fragments(int warpgroup, int g, int t) : part_(warpgroup), g_(g), t_(t) {}
+
+  // Output of row g of tile j, or of row g + 8 (h = 1), relative to the warp's first.
+  __device__ int OutputOf(int j, int h) const {
+    const int tile = kTiles == 4 ? j : 2 * j + part_;
     if constexpr (!kOutputPacked) {
-      return 16 * j + 8 * h + g;
+      return 16 * tile + 8 * h + g_;
     } else {
-      return 8 * g + (kLayout == Layout::kGemm ? AwqColumn(2 * j + h) : 2 * j + h);
+      return 8 * g_ + (kLayout == Layout::kGemm ? AwqColumn(2 * tile + h) : 2 * tile + h);
     }
   }
 
-  // Reads scales and zero points of the lane's eight outputs. `row` is the group's row in the tile.
-  __device__ void LoadGroup(const TileView& v, int row, int g) {
+  // Reads scales and zero points of the lane's outputs. `row` is the group's row in the tile.
+  __device__ void LoadGroup(const TileView& v, int row) {
     static_assert(!kTranspose);
     const uint16_t* scales = v.scales + row * Groups::kColumns + v.warp_output;
     const uint32_t* zeros = v.zeros + (row * Groups::kColumns + v.warp_output) / 8;
     if constexpr (kOutputPacked) {
-      const uint4 raw = *reinterpret_cast<const uint4*>(scales + 8 * g);
-      const uint32_t s[4] = {raw.x, raw.y, raw.z, raw.w};
-      const uint32_t zero = zeros[g];
+      // Columns of the tiles: all eight, or the lower or upper four.
+      uint32_t s[kTiles];
+      if constexpr (kTiles == 4) {
+        const uint4 raw = *reinterpret_cast<const uint4*>(scales + 8 * g_);
+        s[0] = raw.x, s[1] = raw.y, s[2] = raw.z, s[3] = raw.w;
+      } else {
+        const uint2 raw = *reinterpret_cast<const uint2*>(scales + 8 * g_ + 4 * part_);
+        s[0] = raw.x, s[1] = raw.y;
+      }
+      const uint32_t zero = Part(zeros[g_]);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const uint32_t z = BytePair(zero, zero, j);
+      for (int j = 0; j < kTiles; ++j) {
+        const uint32_t z = BytePair(zero, zero, Byte(j));
         neg_zero_[2 * j] = D::template NegZero<false>(z);
         neg_zero_[2 * j + 1] = D::template NegZero<true>(z);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const int c = AwqColumn(2 * j + h);
+          const int c = kTiles == 4 ? AwqColumn(2 * j + h) : 2 * h + j;
           scale_[2 * j + h] = D::MakeScale(SelectBytes(s[c / 2], 0, c % 2 ? 0x3232 : 0x1010),
                                            v.scales_are_bf16);
         }
       }
     } else {
-      const int shift = 4 * AwqNibble(g);
+      const int shift = 4 * AwqNibble(g_);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        neg_zero_[i] = D::template NegZero<false>(Splat((zeros[i] >> shift) & 0xf));
-        scale_[i] = D::MakeScale(Splat(scales[8 * i + g]), v.scales_are_bf16);
+      for (int i = 0; i < 2 * kTiles; ++i) {
+        const int output = OutputOf(i / 2, i % 2);
+        neg_zero_[i] = D::template NegZero<false>(Splat((zeros[output / 8] >> shift) & 0xf));
+        scale_[i] = D::MakeScale(Splat(scales[output]), v.scales_are_bf16);
       }
     }
   }
 
-  // The four fragments of contraction indices [16 * step, 16 * step + 16) of the tile.
-  __device__ void Load(const TileView& v, int step, int g, int t, uint32_t (&a)[4][4]) {
+  // The fragments of contraction indices [16 * step, 16 * step + 16) of the tile.
+  __device__ void Load(const TileView& v, int step, uint32_t (&a)[kTiles][4]) const {
     if constexpr (kTranspose) {
-      LoadTransposed(v, step, g, t, a);
+      LoadTransposed(v, step, a);
     } else if constexpr (kOutputPacked) {
       uint32_t w[2][2];
-      LoadRows(v, step, g, t, w);
+      LoadRows(v, step, w);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
+      for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
         for (int pair = 0; pair < 2; ++pair) {
-          const uint32_t p = BytePair(w[pair][0], w[pair][1], j);
+          const uint32_t p = BytePair(w[pair][0], w[pair][1], Byte(j));
           a[j][2 * pair] = D::Multiply(D::template Difference<false>(p, neg_zero_[2 * j]),
                                        scale_[2 * j]);
           a[j][2 * pair + 1] = D::Multiply(D::template Difference<true>(p, neg_zero_[2 * j + 1]),
@@ -118,16 +130,12 @@ class Fragments {
       }
     } else {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int i = 2 * j + h;
-          const uint2 w = OutputWords(v, step, 8 * i + g);
-          a[j][h] = D::Multiply(D::template Difference<false>(NaturalPair(w.x, t), neg_zero_[i]),
-                                scale_[i]);
-          a[j][2 + h] = D::Multiply(
-              D::template Difference<false>(NaturalPair(w.y, t), neg_zero_[i]), scale_[i]);
-        }
+      for (int i = 0; i < 2 * kTiles; ++i) {
+        const uint2 w = OutputWords(v, step, OutputOf(i / 2, i % 2));
+        a[i / 2][i % 2] = D::Multiply(
+            D::template Difference<false>(NaturalPair(w.x, t_), neg_zero_[i]), scale_[i]);
+        a[i / 2][2 + i % 2] = D::Multiply(
+            D::template Difference<false>(NaturalPair(w.y, t_), neg_zero_[i]), scale_[i]);
       }
     }
   }
@@ -135,12 +143,17 @@ class Fragments {
  private:
   using D = Dequant<T>;
 
-  __device__ static void LoadRows(const TileView& v, int step, int g, int t, uint32_t (&w)[2][2]) {
-    const uint32_t* from = v.words + (16 * step + 2 * t) * Words::kStride + v.warp_output / 8 + g;
-    w[0][0] = from[0];
-    w[0][1] = from[Words::kStride];
-    w[1][0] = from[8 * Words::kStride];
-    w[1][1] = from[9 * Words::kStride];
+  // With two warpgroups the second sees its odd bytes moved to even places.
+  __device__ uint32_t Part(uint32_t word) const { return kTiles == 4 ? word : word >> 8 * part_; }
+  __device__ static constexpr int Byte(int j) { return kTiles == 4 ? j : 2 * j; }
+
+  __device__ void LoadRows(const TileView& v, int step, uint32_t (&w)[2][2]) const {
+    const uint32_t* from =
+        v.words + (16 * step + 2 * t_) * Words::kStride + v.warp_output / 8 + g_;
+    w[0][0] = Part(from[0]);
+    w[0][1] = Part(from[Words::kStride]);
+    w[1][0] = Part(from[8 * Words::kStride]);
+    w[1][1] = Part(from[9 * Words::kStride]);
   }
 
   __device__ static uint2 OutputWords(const TileView& v, int step, int output) {
@@ -154,37 +167,32 @@ class Fragments {
     uint32_t zero[2];  // zero points as low nibbles
   };
 
-  __device__ static PairGroup LoadPairs(const TileView& v, int step, int row, int t) {
+  __device__ PairGroup LoadPairs(const TileView& v, int step, int output) const {
     PairGroup r;
-    const uint16_t* scales = v.scales + row * Groups::kColumns + 16 * step + 2 * t;
+    const int row = (v.warp_output + output) >> v.group_shift;
+    const uint16_t* scales = v.scales + row * Groups::kColumns + 16 * step + 2 * t_;
     const uint32_t* zeros = v.zeros + row * Groups::kColumns / 8 + 2 * step;
 #pragma unroll
     for (int pair = 0; pair < 2; ++pair) {
       r.scale[pair] = D::MakeScale(*reinterpret_cast<const uint32_t*>(scales + 8 * pair),
                                    v.scales_are_bf16);
-      r.zero[pair] = AwqPair(zeros[pair], t) & 0x000f000fu;
+      r.zero[pair] = AwqPair(zeros[pair], t_) & 0x000f000fu;
     }
     return r;
   }
 
-  __device__ static int GroupRow(const TileView& v, int output) {
-    return v.group_size < kTileOutputs ? (v.warp_output + output) / static_cast<int>(v.group_size)
-                                       : 0;
-  }
-
-  __device__ static void LoadTransposed(const TileView& v, int step, int g, int t,
-                                        uint32_t (&a)[4][4]) {
+  __device__ void LoadTransposed(const TileView& v, int step, uint32_t (&a)[kTiles][4]) const {
     if constexpr (kOutputPacked) {
       uint32_t w[2][2];
-      LoadRows(v, step, g, t, w);
-      const PairGroup group = LoadPairs(v, step, GroupRow(v, 8 * g), t);
+      LoadRows(v, step, w);
+      const PairGroup group = LoadPairs(v, step, 8 * g_);
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair) {
         const uint32_t low = D::template NegZero<false>(group.zero[pair]);
         const uint32_t high = D::template NegZero<true>(group.zero[pair] << 4);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const uint32_t p = BytePair(w[pair][0], w[pair][1], j);
+        for (int j = 0; j < kTiles; ++j) {
+          const uint32_t p = BytePair(w[pair][0], w[pair][1], Byte(j));
           a[j][2 * pair] = D::Multiply(D::template Difference<false>(p, low), group.scale[pair]);
           a[j][2 * pair + 1] =
               D::Multiply(D::template Difference<true>(p, high), group.scale[pair]);
@@ -193,23 +201,24 @@ class Fragments {
     } else {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {  // 32 outputs never cross a group
-        const PairGroup group = LoadPairs(v, step, GroupRow(v, 32 * half), t);
+        const PairGroup group = LoadPairs(v, step, 32 * half);
         const uint32_t zero[2] = {D::template NegZero<false>(group.zero[0]),
                                   D::template NegZero<false>(group.zero[1])};
 #pragma unroll
-        for (int i = 4 * half; i < 4 * half + 4; ++i) {
-          const uint2 w = OutputWords(v, step, 8 * i + g);
+        for (int i = kTiles * half; i < kTiles * (half + 1); ++i) {
+          const uint2 w = OutputWords(v, step, OutputOf(i / 2, i % 2));
           a[i / 2][i % 2] = D::Multiply(
-              D::template Difference<false>(AwqPair(w.x, t), zero[0]), group.scale[0]);
+              D::template Difference<false>(AwqPair(w.x, t_), zero[0]), group.scale[0]);
           a[i / 2][2 + i % 2] = D::Multiply(
-              D::template Difference<false>(AwqPair(w.y, t), zero[1]), group.scale[1]);
+              D::template Difference<false>(AwqPair(w.y, t_), zero[1]), group.scale[1]);
         }
       }
     }
   }
 
-  uint32_t neg_zero_[8];
-  typename D::Scale scale_[8];
+  int part_, g_, t_;
+  uint32_t neg_zero_[2 * kTiles];
+  typename D::Scale scale_[2 * kTiles];
 };
 
 }  // namespace jax_awq

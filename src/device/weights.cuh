@@ -36,7 +36,7 @@ __device__ __forceinline__ float WeightAt(const AwqWeight& w, int64_t row, int64
   const int awq_nibble = AwqNibble(static_cast<int>(column % 8));
   const int nibble = gemm ? awq_nibble : static_cast<int>(row % 8);
   const int q = word >> (4 * nibble) & 0xf;
-  const int64_t group = row / w.group_size;
+  const int64_t group = row >> w.group_shift;
   const int z = zeros ? zeros[group * (w.n / 8) + column / 8] >> (4 * awq_nibble) & 0xf : 8;
   // Both factors have at most eleven significant bits, so the float32 product is exact.
   return static_cast<float>(q - z) * LoadAsFloat(w.scales, group * w.n + column, w.scales_dtype);

@@ -101,15 +101,22 @@ class OperandChecker {
     w->layout = *known;
     w->k = w->layout == Layout::kGemm ? dims[0] : 8 * dims[1];
     w->n = w->layout == Layout::kGemm ? 8 * dims[1] : dims[0];
-    w->group_size = group_size;
     if (w->n % 8) return InvalidArgument(op_, ": N=", w->n, " must be a multiple of 8");
-    if (group_size <= 0 || (group_size != w->k && group_size % 32)) {
-      return InvalidArgument(op_, ": group_size must be K or a multiple of 32, got ", group_size);
+    if (w->k >= 1 << 20 || w->n >= 1 << 20) {  // grids count blocks of rows in 16 bits
+      return InvalidArgument(op_, ": K=", w->k, " and N=", w->n, " must be below 2^20");
     }
-    if (w->k % group_size) {
+    const bool known_size = group_size == 32 || group_size == 64 || group_size == 128;
+    if (group_size != w->k && !known_size) {
+      return InvalidArgument(op_, ": group_size must be 32, 64, 128 or K, got ", group_size);
+    }
+    if (group_size > 0 && w->k % group_size) {
       return InvalidArgument(op_, ": K=", w->k, " must be a multiple of group_size ", group_size);
     }
-    const int64_t groups = w->k / group_size;
+    w->group_shift = group_size == w->k ? kSingleGroup
+                     : group_size == 32 ? 5
+                     : group_size == 64 ? 6
+                                        : 7;
+    const int64_t groups = group_size == w->k ? 1 : w->k / group_size;
     JAX_AWQ_RETURN_IF_ERROR(
         Shape("qweight", qweight, {dims[0], dims[1]}, &w->qweight_stride));
     JAX_AWQ_RETURN_IF_ERROR(Shape("scales", scales, {groups, w->n}, &w->scales_stride));

@@ -19,10 +19,9 @@ __global__ void __launch_bounds__(kThreads)
     AwqDequantizeKernel(const __grid_constant__ AwqDequantizeProblem p) {
   const AwqWeight& q = p.weight;
   const int64_t columns = q.n / 8;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t column = i % columns;
-  const int64_t row0 = i / columns * kRows;
-  if (row0 >= q.k) return;
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t row0 = static_cast<int64_t>(blockIdx.y) * kRows;
+  if (column >= columns) return;
   const int64_t b = blockIdx.z;
   const uint32_t* words = static_cast<const uint32_t*>(q.qweight) + b * q.qweight_stride;
   const int rows = static_cast<int>(min(static_cast<int64_t>(kRows), q.k - row0));
@@ -50,7 +49,7 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
 
-  const int64_t group = row0 / q.group_size;
+  const int64_t group = row0 >> q.group_shift;
   const uint32_t zero =
       q.qzeros ? __ldg(static_cast<const uint32_t*>(q.qzeros) + b * q.qzeros_stride +
                        group * columns + column)
@@ -82,8 +81,8 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 const char* LaunchAwqDequantize(const AwqDequantizeProblem& p, Stream stream) {
-  const int64_t threads = p.weight.n / 8 * ((p.weight.k + kRows - 1) / kRows);
-  const dim3 grid(static_cast<unsigned>((threads + kThreads - 1) / kThreads), 1,
+  const dim3 grid(static_cast<unsigned>((p.weight.n / 8 + kThreads - 1) / kThreads),
+                  static_cast<unsigned>((p.weight.k + kRows - 1) / kRows),
                   static_cast<unsigned>(p.batch));
   if (p.weight.layout == Layout::kGemm) {
     AwqDequantizeKernel<Layout::kGemm><<<grid, kThreads, 0, stream>>>(p);

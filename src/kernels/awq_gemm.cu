@@ -32,7 +32,11 @@ const char* LaunchAwqGemm(const AwqGemmProblem& p, const AwqGemmPlan& plan,
   cudaError_t error;
   if (plan.variant == "simt") {
     error = LaunchAwqGemmSimt(p, plan, buffers, stream);
-  } else if (plan.variant == "decode") {
+  } else if (plan.tile_outputs == 256) {
+    error = p.x_dtype == DType::kF16
+                ? LaunchAwqGemmWgmma<__half>(p, plan, buffers, stream)
+                : LaunchAwqGemmWgmma<__nv_bfloat16>(p, plan, buffers, stream);
+  } else if (plan.tile_tokens <= 16) {
     error = LaunchAwqGemmDecode(p, plan, buffers, stream);
   } else {
     error = p.x_dtype == DType::kF16 ? LaunchAwqGemmMma<__half>(p, plan, buffers, stream)

@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kThreads, kTokenTiles == 1 ? 3 : 2)
   const int warp = threadIdx.x / 32;
   const int g = threadIdx.x % 32 / 4;
   const int t = threadIdx.x % 4;
-  const int split = blockIdx.x % p.splits;
+  const unsigned split = blockIdx.x % p.splits;
   const int64_t output0 = static_cast<int64_t>(blockIdx.x / p.splits) * kOutputs;
   const AwqWeight weight = BatchEntry(p.buffers.weight);
   const int64_t n = weight.n;
@@ -96,12 +96,10 @@ __global__ void __launch_bounds__(kThreads, kTokenTiles == 1 ? 3 : 2)
       weight.qzeros ? static_cast<const uint32_t*>(weight.qzeros) + column / 8 : nullptr;
 
   // Units of this warp: an even share, the same whatever M is.
-  const int units = static_cast<int>(k / kUnit);
-  const int workers = p.splits * kWarps;
-  const int worker = split * kWarps + warp;
-  const int first = static_cast<int>(static_cast<int64_t>(units) * worker / workers);
-  const int last = static_cast<int>(static_cast<int64_t>(units) * (worker + 1) / workers);
-  const int units_per_group = static_cast<int>(weight.group_size / kUnit);
+  const Share share(static_cast<unsigned>(k) / kUnit, split * kWarps + warp, p.splits * kWarps);
+  const int first = share.first;
+  const int last = share.first + share.count;
+  const int group_shift = weight.group_shift - 5;  // of units
 
   auto load = [&](Unit<kTokenTiles>& unit, int u) {
     if (u >= last) return;
@@ -206,13 +204,13 @@ __global__ void __launch_bounds__(kThreads, kTokenTiles == 1 ? 3 : 2)
   Unit<kTokenTiles> ring[kAhead];
 #pragma unroll
   for (int i = 0; i < kAhead; ++i) load(ring[i], first + i);
-  int current = first / units_per_group;
+  int current = first >> group_shift;
   if (first < last) enter_group(current);
   for (int u = first; u < last; u += kAhead) {
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       if (u + i >= last) break;
-      const int index = (u + i) / units_per_group;
+      const int index = (u + i) >> group_shift;
       if (index != current) {
         leave_group();
         current = index;
@@ -250,10 +248,10 @@ __global__ void __launch_bounds__(kThreads, kTokenTiles == 1 ? 3 : 2)
 }
 
 template <typename T>
-cudaError_t Launch(const AwqGemmParams& params, cudaStream_t stream) {
+cudaError_t Launch(const AwqGemmPlan& plan, const AwqGemmParams& params, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>((params.outputs + kOutputs - 1) / kOutputs * params.splits), 1,
                   static_cast<unsigned>(params.batch));
-  return params.m <= 8
+  return plan.tile_tokens == 8
              ? LaunchSplit(AwqGemmDecodeKernel<T, 1>, params, grid, kThreads, 0, stream)
              : LaunchSplit(AwqGemmDecodeKernel<T, 2>, params, grid, kThreads, 0, stream);
 }
@@ -263,8 +261,8 @@ cudaError_t Launch(const AwqGemmParams& params, cudaStream_t stream) {
 cudaError_t LaunchAwqGemmDecode(const AwqGemmProblem& p, const AwqGemmPlan& plan,
                                 const AwqGemmBuffers& buffers, cudaStream_t stream) {
   const AwqGemmParams params = MakeParams(p, plan, buffers);
-  return p.x_dtype == DType::kF16 ? Launch<__half>(params, stream)
-                                  : Launch<__nv_bfloat16>(params, stream);
+  return p.x_dtype == DType::kF16 ? Launch<__half>(plan, params, stream)
+                                  : Launch<__nv_bfloat16>(plan, params, stream);
 }
 
 }  // namespace jax_awq

@@ -13,6 +13,9 @@ cudaError_t LaunchAwqGemmDecode(const AwqGemmProblem&, const AwqGemmPlan&, const
 template <typename T>
 cudaError_t LaunchAwqGemmMma(const AwqGemmProblem&, const AwqGemmPlan&, const AwqGemmBuffers&,
                              cudaStream_t);
+template <typename T>
+cudaError_t LaunchAwqGemmWgmma(const AwqGemmProblem&, const AwqGemmPlan&, const AwqGemmBuffers&,
+                               cudaStream_t);
 cudaError_t LaunchAwqGemmSimt(const AwqGemmProblem&, const AwqGemmPlan&, const AwqGemmBuffers&,
                               cudaStream_t);
 

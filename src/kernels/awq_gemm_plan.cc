@@ -8,7 +8,11 @@
 namespace jax_awq {
 namespace {
 
-constexpr int kMaxCluster = 8;  // the largest portable cluster (PTX ISA, "cluster dimension")
+#if defined(JAX_AWQ_REAL_ARCHS) && !defined(JAX_AWQ_SM90A)
+constexpr bool kHasSm90a = false;
+#else
+constexpr bool kHasSm90a = true;
+#endif
 constexpr int kMaxGridZ = 65535;
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -44,8 +48,23 @@ const char* TensorCoreUnsupported(const AwqGemmProblem& p, const Device& device)
 const char* DecodeUnsupported(const AwqGemmProblem& p, const Device& device) {
   if (const char* why = TensorCoreUnsupported(p, device)) return why;
   if (p.layout != Layout::kGemm || p.transpose) return "weight is not packed along the outputs";
-  if (p.m > 16) return "more than 16 rows of x";
   if (p.k % 32 || p.n % 16) return "K is not a multiple of 32 or N not of 16";
+  return nullptr;
+}
+
+const char* Decode8Unsupported(const AwqGemmProblem& p, const Device& device) {
+  if (p.m > 8) return "more than 8 rows of x";
+  return DecodeUnsupported(p, device);
+}
+
+const char* Decode16Unsupported(const AwqGemmProblem& p, const Device& device) {
+  if (p.m > 16) return "more than 16 rows of x";
+  return DecodeUnsupported(p, device);
+}
+
+const char* WgmmaUnsupported(const AwqGemmProblem& p, const Device& device) {
+  if (const char* why = TensorCoreUnsupported(p, device)) return why;
+  if (device.arch != 90 || !kHasSm90a) return "needs code for sm_90a";
   return nullptr;
 }
 
@@ -63,7 +82,12 @@ const char* DequantizeDotUnsupported(const AwqGemmProblem& p, const Device&) {
 
 // In the order in which they are tried.
 constexpr Variant kVariants[] = {
-    {"decode", 16, 128, 32, 3, true, DecodeUnsupported},
+    {"decode_8", 8, 128, 32, 3, true, Decode8Unsupported},
+    {"decode_16", 16, 128, 32, 2, true, Decode16Unsupported},
+    {"wgmma_16", 16, 256, 64, 2, true, WgmmaUnsupported},
+    {"wgmma_32", 32, 256, 64, 2, true, WgmmaUnsupported},
+    {"wgmma_64", 64, 256, 64, 2, true, WgmmaUnsupported},
+    {"wgmma_128", 128, 256, 64, 1, true, WgmmaUnsupported},
     {"mma_32", 32, 128, 64, 3, true, TensorCoreUnsupported},
     {"mma_64", 64, 128, 64, 2, true, TensorCoreUnsupported},
     {"mma_128", 128, 128, 64, 2, true, TensorCoreUnsupported},
@@ -89,11 +113,16 @@ const char* Choose(const AwqGemmProblem& p, const Device& device) {
   if (!DequantizeDotUnsupported(p, device) && m >= DequantizeDotFrom(device)) {
     return "dequantize_dot";
   }
-  if (p.m > 0 && !DecodeUnsupported(p, device)) return "decode";
+  if (p.m > 0 && !Decode8Unsupported(p, device)) return "decode_8";
+  if (p.m > 0 && !Decode16Unsupported(p, device)) return "decode_16";
   if (TensorCoreUnsupported(p, device)) {
     return SimtUnsupported(p, device) ? "reference" : "simt";
   }
   // An unknown number of rows takes the tile that is never far from the best.
+  if (!WgmmaUnsupported(p, device)) {
+    if (p.m == 0) return "wgmma_64";
+    return m <= 16 ? "wgmma_16" : m <= 32 ? "wgmma_32" : m <= 64 ? "wgmma_64" : "wgmma_128";
+  }
   if (p.m == 0) return "mma_64";
   return m <= 32 ? "mma_32" : m <= 64 ? "mma_64" : "mma_128";
 }

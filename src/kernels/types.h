@@ -28,11 +28,17 @@ enum class Layout : uint8_t {
 
 enum class Activation : uint8_t { kNone, kRelu, kGelu, kGeluTanh, kSilu };
 
+constexpr int kMaxCluster = 8;  // the largest portable cluster (PTX ISA, "cluster dimension")
+
+// Group sizes are powers of two, so that kernels never divide: 64-bit division costs hundreds of
+// cycles, more than the work between two groups.
+constexpr int kSingleGroup = 31;
+
 // A quantized (K, N) matrix on the device: (q - z) * s.
 struct AwqWeight {
   int64_t k;
   int64_t n;
-  int64_t group_size;  // rows of K that share one scale and zero point; K for a single group
+  int group_shift;  // row k lies in group k >> group_shift; kSingleGroup if there is but one
   Layout layout;
   DType scales_dtype;
   const void* qweight;  // (batch?, K, N/8) or (batch?, N, K/8) int32

@@ -1,0 +1,153 @@
+// wgmma with the weights in registers (PTX ISA 9.7.16, "asynchronous warpgroup level matrix").
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace jax_awq {
+
+// Orders this thread's register writes before the wgmmas that follow.
+__device__ __forceinline__ void WgmmaFence() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void WgmmaCommit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+template <int kPending>
+__device__ __forceinline__ void WgmmaWait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Makes shared memory written by ordinary stores visible to wgmma.
+__device__ __forceinline__ void FenceProxyAsync() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// Keeps writes of an accumulator before the first wgmma, and reads behind the last wait: where the
+// compiler moves either between them, ptxas serializes every wgmma (warnings C7514, C7515).
+template <int kSize>
+__device__ __forceinline__ void PinRegisters(float (&d)[kSize]) {
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// Descriptor of rows of 128 bytes with the 128-byte swizzle, eight rows to 1024 bytes.
+__device__ __forceinline__ uint64_t SwizzledRows(uint32_t shared_address) {
+  return (uint64_t{shared_address >> 4} & 0x3fff) | uint64_t{1} << 16 | uint64_t{64} << 32 |
+         uint64_t{1} << 62;
+}
+
+#define JAX_AWQ_F4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define JAX_AWQ_F16(d, i) \
+  JAX_AWQ_F4(d, i), JAX_AWQ_F4(d, i + 4), JAX_AWQ_F4(d, i + 8), JAX_AWQ_F4(d, i + 12)
+#define JAX_AWQ_F64(d) \
+  JAX_AWQ_F16(d, 0), JAX_AWQ_F16(d, 16), JAX_AWQ_F16(d, 32), JAX_AWQ_F16(d, 48)
+
+// d (64 outputs x kTokens) += a (64 x 16, registers) * b (16 x kTokens, shared memory).
+template <typename T, int kTokens>
+__device__ __forceinline__ void Wgmma(float (&d)[kTokens / 2], const uint32_t (&a)[4],
+                                      uint64_t b);
+
+template <>
+__device__ __forceinline__ void Wgmma<__half, 16>(float (&d)[8], const uint32_t (&a)[4],
+                                                  uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7}, {%8, %9, %10, %11}, %12, 1, 1, 1, 0;"
+      : JAX_AWQ_F4(d, 0), JAX_AWQ_F4(d, 4)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+template <>
+__device__ __forceinline__ void Wgmma<__half, 32>(float (&d)[16], const uint32_t (&a)[4],
+                                                  uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, {%16, %17, "
+      "%18, %19}, %20, 1, 1, 1, 0;"
+      : JAX_AWQ_F16(d, 0)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+template <>
+__device__ __forceinline__ void Wgmma<__half, 64>(float (&d)[32], const uint32_t (&a)[4],
+                                                  uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, "
+      "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, "
+      "%34, %35}, %36, 1, 1, 1, 0;"
+      : JAX_AWQ_F16(d, 0), JAX_AWQ_F16(d, 16)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+template <>
+__device__ __forceinline__ void Wgmma<__half, 128>(float (&d)[64], const uint32_t (&a)[4],
+                                                   uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, "
+      "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, "
+      "%34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, "
+      "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, {%64, %65, "
+      "%66, %67}, %68, 1, 1, 1, 0;"
+      : JAX_AWQ_F64(d)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+template <>
+__device__ __forceinline__ void Wgmma<__nv_bfloat16, 16>(float (&d)[8], const uint32_t (&a)[4],
+                                                         uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7}, {%8, %9, %10, %11}, %12, 1, 1, 1, 0;"
+      : JAX_AWQ_F4(d, 0), JAX_AWQ_F4(d, 4)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+template <>
+__device__ __forceinline__ void Wgmma<__nv_bfloat16, 32>(float (&d)[16], const uint32_t (&a)[4],
+                                                         uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, {%16, %17, "
+      "%18, %19}, %20, 1, 1, 1, 0;"
+      : JAX_AWQ_F16(d, 0)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+template <>
+__device__ __forceinline__ void Wgmma<__nv_bfloat16, 64>(float (&d)[32], const uint32_t (&a)[4],
+                                                         uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, "
+      "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, "
+      "%34, %35}, %36, 1, 1, 1, 0;"
+      : JAX_AWQ_F16(d, 0), JAX_AWQ_F16(d, 16)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+template <>
+__device__ __forceinline__ void Wgmma<__nv_bfloat16, 128>(float (&d)[64], const uint32_t (&a)[4],
+                                                          uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, "
+      "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, "
+      "%34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, "
+      "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, {%64, %65, "
+      "%66, %67}, %68, 1, 1, 1, 0;"
+      : JAX_AWQ_F64(d)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+#undef JAX_AWQ_F64
+#undef JAX_AWQ_F16
+#undef JAX_AWQ_F4
+
+}  // namespace jax_awq

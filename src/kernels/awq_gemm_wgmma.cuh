@@ -1,0 +1,183 @@
+// The tensor core kernel for sm_90a: as the mma kernel, with wgmma taking the weights from registers
+// and x from shared memory.
+//
+// A CTA computes kTokens x 256 outputs over its share of the contraction. A warp owns 64 outputs,
+// one column of words per lane, so that a word is read and dequantized by one lane only. Up to 64
+// tokens one warpgroup holds all four 64-row tiles j of a word's bytes; with 128 tokens two
+// warpgroups hold two each. Fragments are double-buffered: while the tensor cores work on one k16
+// step, the next is dequantized.
+#pragma once
+
+#include <algorithm>
+
+#include "device/epilogue.cuh"
+#include "device/ptx.cuh"
+#include "device/stage.cuh"
+#include "device/wgmma.cuh"
+#include "kernels/awq_gemm_launch.cuh"
+
+namespace jax_awq {
+
+template <typename T, Layout kLayout, bool kTranspose, int kTokens>
+struct WgmmaTile {
+  static constexpr int kOutputs = 256;
+  using Stage = jax_awq::Stage<T, kLayout, kTranspose, kTokens, kOutputs>;
+  static constexpr int kWarpgroups = kTokens > 64 ? 2 : 1;
+  static constexpr int kThreads = 128 * kWarpgroups;
+  static constexpr int kTiles = 4 / kWarpgroups;  // 64-row tiles of a warpgroup
+  using Frag = Fragments<T, kLayout, kTranspose, kOutputs, kTiles>;
+  static constexpr int kStages = 5;
+  // Stages copied ahead. The slot filled next was last read two tiles ago, so no wgmma that may
+  // still be in flight reads it.
+  static constexpr int kAhead = kStages - 2;
+  static constexpr int kCtasPerSm = kTokens > 64 ? 1 : 2;
+
+  static constexpr int kTileStride = kOutputs + 4;
+  static constexpr int kSharedBytes =
+      std::max(kStages * Stage::kBytes, kTokens * kTileStride * 4);
+  using Loader = StageLoader<T, kLayout, kTranspose, kTokens, kOutputs, kThreads>;
+};
+
+template <typename T, Layout kLayout, bool kTranspose, int kTokens>
+__global__ void __launch_bounds__(WgmmaTile<T, kLayout, kTranspose, kTokens>::kThreads,
+                                  WgmmaTile<T, kLayout, kTranspose, kTokens>::kCtasPerSm)
+    AwqGemmWgmmaKernel(const __grid_constant__ AwqGemmParams p) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using Tile = WgmmaTile<T, kLayout, kTranspose, kTokens>;
+  using Frag = typename Tile::Frag;
+  extern __shared__ __align__(1024) char shared[];
+
+  const int warp = threadIdx.x / 32 % 4;
+  const int t = threadIdx.x % 4;
+
+  const unsigned split = blockIdx.x % p.splits;
+  const int64_t token0 = static_cast<int64_t>(blockIdx.x / p.splits) * kTokens;
+  const int output0 = blockIdx.y * Tile::kOutputs;
+  const int group_shift = p.buffers.weight.group_shift;
+  const unsigned tiles = (static_cast<unsigned>(p.contraction) + kDepth - 1) / kDepth;
+  const Share share(tiles, split, p.splits);
+  int depth0 = share.first * kDepth;
+
+  const uint32_t shared_base = SharedAddress(shared);
+  typename Tile::Loader loader(p, shared_base, token0, output0, depth0);
+#pragma unroll
+  for (int s = 0; s < Tile::kAhead; ++s) {
+    if (s < share.count) loader.Load(s);
+    CopyAsyncCommit();
+  }
+  if (p.buffers.weight.qzeros == nullptr) Tile::Stage::FillZeros(shared, Tile::kStages);
+
+  float acc[Tile::kTiles][kTokens / 2];
+#pragma unroll
+  for (int j = 0; j < Tile::kTiles; ++j) {
+#pragma unroll
+    for (int i = 0; i < kTokens / 2; ++i) acc[j][i] = 0.0f;
+    PinRegisters(acc[j]);
+  }
+  WgmmaFence();
+  Frag fragments(threadIdx.x / 128, threadIdx.x % 32 / 4, t);
+  uint32_t a[2][Tile::kTiles][4];
+  int current_group = -1;
+  TileView view;
+  view.warp_output = warp * 64;
+  view.group_shift = group_shift;
+  view.scales_are_bf16 = p.scales_are_bf16;
+
+  int stage = 0;
+  int next_stage = Tile::kAhead;
+#pragma unroll 1
+  for (int i = 0; i < share.count; ++i) {
+    CopyAsyncWait<Tile::kAhead - 1>();
+    FenceProxyAsync();
+    __syncthreads();
+    if (i + Tile::kAhead < share.count) loader.Load(next_stage);
+    CopyAsyncCommit();
+    next_stage = next_stage == Tile::kStages - 1 ? 0 : next_stage + 1;
+
+    Tile::Stage::Point(&view, shared + stage * Tile::Stage::kBytes);
+    const uint64_t x = SwizzledRows(shared_base + stage * Tile::Stage::kBytes);
+    stage = stage == Tile::kStages - 1 ? 0 : stage + 1;
+#pragma unroll
+    for (int step = 0; step < kDepth / 16; ++step) {
+      if constexpr (!kTranspose) {
+        if (step % 2 == 0) {  // 32 rows never cross a group
+          const int group = (depth0 + 16 * step) >> group_shift;
+          if (group != current_group) {
+            fragments.LoadGroup(view, group - (depth0 >> group_shift));
+            current_group = group;
+          }
+        }
+      }
+      // All but the newest group of wgmmas are done: these registers are free again.
+      WgmmaWait<1>();
+      uint32_t (&now)[Tile::kTiles][4] = a[step % 2];
+      fragments.Load(view, step, now);
+      WgmmaFence();
+#pragma unroll
+      for (int j = 0; j < Tile::kTiles; ++j) {
+        Wgmma<T, kTokens>(acc[j], now[j], x + 2 * step);
+      }
+      WgmmaCommit();
+    }
+    depth0 += kDepth;
+  }
+  WgmmaWait<0>();
+#pragma unroll
+  for (int j = 0; j < Tile::kTiles; ++j) PinRegisters(acc[j]);
+  CopyAsyncWait<0>();
+  __syncthreads();
+
+  float* tile = reinterpret_cast<float*>(shared);
+#pragma unroll
+  for (int j = 0; j < Tile::kTiles; ++j) {
+#pragma unroll
+    for (int i = 0; i < kTokens / 2; ++i) {
+      const int token = i / 4 * 8 + 2 * t + i % 2;
+      tile[token * Tile::kTileStride + view.warp_output +
+           fragments.OutputOf(j, i / 2 % 2)] = acc[j][i];
+    }
+  }
+  __syncthreads();
+  ReduceAndStore<kTokens, Tile::kOutputs, Tile::kTileStride, Tile::kThreads>(
+      MakeEpilogue(p), tile, token0, output0, split, p.splits, p.batch * p.size());
+#endif
+}
+
+template <typename T, Layout kLayout, bool kTranspose, int kTokens>
+cudaError_t LaunchWgmmaTile(const AwqGemmParams& params, cudaStream_t stream) {
+  using Tile = WgmmaTile<T, kLayout, kTranspose, kTokens>;
+  const dim3 grid(static_cast<unsigned>((params.m + kTokens - 1) / kTokens * params.splits),
+                  static_cast<unsigned>((params.outputs + Tile::kOutputs - 1) / Tile::kOutputs),
+                  static_cast<unsigned>(params.batch));
+  return LaunchSplit(AwqGemmWgmmaKernel<T, kLayout, kTranspose, kTokens>, params, grid,
+                     Tile::kThreads, Tile::kSharedBytes, stream);
+}
+
+template <typename T, Layout kLayout, bool kTranspose>
+cudaError_t LaunchWgmmaTokens(int tokens, const AwqGemmParams& params, cudaStream_t stream) {
+  switch (tokens) {
+    case 16:
+      return LaunchWgmmaTile<T, kLayout, kTranspose, 16>(params, stream);
+    case 32:
+      return LaunchWgmmaTile<T, kLayout, kTranspose, 32>(params, stream);
+    case 64:
+      return LaunchWgmmaTile<T, kLayout, kTranspose, 64>(params, stream);
+    default:
+      return LaunchWgmmaTile<T, kLayout, kTranspose, 128>(params, stream);
+  }
+}
+
+template <typename T>
+cudaError_t LaunchAwqGemmWgmma(const AwqGemmProblem& p, const AwqGemmPlan& plan,
+                               const AwqGemmBuffers& buffers, cudaStream_t stream) {
+  const AwqGemmParams params = MakeParams(p, plan, buffers);
+  const int tokens = plan.tile_tokens;
+  if (p.layout == Layout::kGemm) {
+    return p.transpose ? LaunchWgmmaTokens<T, Layout::kGemm, true>(tokens, params, stream)
+                       : LaunchWgmmaTokens<T, Layout::kGemm, false>(tokens, params, stream);
+  }
+  return p.transpose ? LaunchWgmmaTokens<T, Layout::kOcMajor, true>(tokens, params, stream)
+                     : LaunchWgmmaTokens<T, Layout::kOcMajor, false>(tokens, params, stream);
+}
+
+}  // namespace jax_awq
