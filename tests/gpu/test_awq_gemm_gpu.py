@@ -1,0 +1,274 @@
+"""Every kernel variant of `awq_gemm`, forced in turn, against float64."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from gpu.variants import (
+    BF16,
+    F16,
+    F32,
+    TRANSPOSED,
+    VARIANTS,
+    Case,
+    check,
+    on_cpu,
+    problem_of,
+    refusals,
+)
+
+from jax_awq import AWQWeight, awq_gemm, plan
+from jax_awq.testing import assert_close, dequantize_float64
+
+pytestmark = pytest.mark.gpu
+
+CASES = (
+    # Rows on both sides of every tile; columns beside the multiples of every tile.
+    Case(1, 256, 128),
+    Case(1, 1024, 1008, 128, BF16),
+    Case(3, 256, 72, 32, BF16),
+    Case(8, 512, 264, 64),
+    Case(8, 512, 272, 64, BF16),
+    Case(9, 256, 144, 32),
+    Case(16, 1120, 48, 32, BF16),
+    Case(17, 256, 136, 64),
+    Case(33, 384, 264, 128, BF16),
+    Case(65, 256, 520, 128),
+    Case(129, 192, 1000, 64, BF16),
+    Case(200, 256, 264, 64),
+    # One group, and K that no step of a main loop divides.
+    Case(5, 96, 144, -1),
+    Case(20, 1120, 136, -1, BF16),
+    Case(4, 72, 264, -1, layout="oc_major"),
+    Case(6, 40, 16, -1, BF16),
+    Case(5, 100, 72, -1),
+    Case(7, 1120, 144, 32, BF16),
+    # The other layouts.
+    Case(7, 256, 136, 64, layout="gemv"),
+    Case(70, 384, 72, 128, BF16, layout="gemv", symmetric=True),
+    Case(3, 1120, 264, 32, layout="oc_major"),
+    Case(130, 256, 1000, 128, BF16, layout="oc_major", bias=BF16),
+    # Scales of another dtype; no zeros; every epilogue.
+    Case(8, 256, 144, 64, BF16, scales=F16),
+    Case(40, 256, 136, 32, BF16, scales=F16, layout="oc_major"),
+    Case(40, 256, 136, 32, F16, scales=BF16),
+    Case(8, 512, 256, 128, symmetric=True),
+    Case(13, 256, 144, 64, BF16, symmetric=True, bias=F32, activation="silu"),
+    Case(4, 256, 144, 64, bias=F16, activation="relu", out=F32),
+    Case(6, 256, 144, 64, BF16, bias=F16, activation="gelu", out=F16),
+    Case(35, 256, 72, 64, bias=BF16, activation="gelu_tanh", out=BF16),
+    Case(2, 256, 144, 32, BF16, out=F32),
+    Case(66, 128, 264, 32, bias=F32, out=F32),
+    # Up to 8 parts of K meet in a thread block cluster where there are any, more in memory.
+    Case(7, 1024, 144, 128, split=1),
+    Case(7, 1024, 136, 64, split=2),
+    Case(7, 1024, 144, 128, BF16, split=3, bias=BF16, activation="silu"),
+    Case(7, 1120, 272, 32, split=5, out=F32),
+    Case(40, 1024, 264, 64, BF16, split=8, layout="oc_major"),
+    Case(7, 1024, 144, 128, split=8),
+    Case(7, 1024, 144, 128, split=12, bias=F32, activation="gelu", out=BF16),
+    Case(70, 1024, 264, 64, BF16, split=12, layout="oc_major", out=F32),
+)
+TRANSPOSED_CASES = (
+    Case(1, 256, 128, 64),
+    Case(33, 96, 136, 32, BF16),
+    Case(5, 100, 72, -1, BF16),
+    Case(130, 256, 1000, 128, layout="oc_major"),
+    Case(20, 512, 264, 64, BF16, layout="gemv"),
+    Case(7, 384, 1024, 128, split=8),
+    Case(40, 256, 1024, 64, BF16, scales=F16, split=12, layout="oc_major"),
+    Case(20, 256, 136, 64, F16, scales=BF16, symmetric=True),
+)
+WEIGHT = "qweight scales qzeros"
+# What has a batch dimension in jax.vmap.
+MAPPED = ("x", WEIGHT, f"x {WEIGHT}", "qweight", "scales qzeros", "bias")
+BATCHED_CASES = (
+    *((Case(2, 256, 144, 64, bias=F16), mapped) for mapped in MAPPED),
+    (Case(2, 256, 136, 32, BF16, layout="gemv", bias=BF16), f"x {WEIGHT}"),
+    (Case(3, 1024, 144, 128, BF16, split=4, bias=BF16), f"x {WEIGHT}"),
+    (Case(3, 1024, 144, 128, split=12, bias=F16, layout="oc_major"), f"{WEIGHT} bias"),
+)
+MIN_CASES = 9  # of CASES, for every variant
+
+
+@functools.cache
+def solved(case):
+    problem = problem_of(case)
+    operands = problem.x, problem.weight, problem.bias
+    return operands, problem.float64(), on_cpu(case.product, *operands)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_product(case, variant, force):
+    operands, exact, reference = solved(case)
+    check(force, variant, case.product, *operands, exact=exact, reference=reference)
+
+
+@functools.cache
+def refusals_of_cases():
+    problems = ((case, problem_of(case)) for case in CASES)
+    return [refusals(case.product, p.x, p.weight, p.bias) for case, p in problems]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variant_runs_enough(variant):
+    """A kernel that refuses everything would pass every other test."""
+    reasons = [refused.get(variant, "") for refused in refusals_of_cases()]
+    if reasons[0].startswith("needs "):
+        pytest.skip(f"{variant} {reasons[0]}, which this build or device does not have")
+    assert reasons.count("") >= MIN_CASES, reasons
+
+
+@functools.cache
+def solved_transposed(case):
+    problem = problem_of(case)
+    ct = np.random.default_rng(1).standard_normal((case.m, case.n)).astype(case.x)
+    exact = ct.astype(np.float64) @ dequantize_float64(problem.weight).T
+    operands = problem.x, problem.weight, ct
+    return operands, exact, on_cpu(case.cotangent, *operands)
+
+
+@pytest.mark.parametrize("variant", TRANSPOSED)
+@pytest.mark.parametrize("case", TRANSPOSED_CASES, ids=str)
+def test_transposed_product(case, variant, force):
+    operands, exact, reference = solved_transposed(case)
+    check(force, variant, case.cotangent, *operands, exact=exact, reference=reference)
+
+
+@pytest.mark.parametrize("variant", ["decode_8", "decode_16"])
+def test_no_transposed_decode(variant, force):
+    operands, exact, reference = solved_transposed(TRANSPOSED_CASES[0])
+    case = TRANSPOSED_CASES[0]
+    assert variant in refusals(case.cotangent, *operands)
+    check(force, variant, case.cotangent, *operands, exact=exact, reference=reference)
+
+
+@pytest.mark.parametrize("layout", ["gemm", "gemv", "oc_major"])
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+def test_vjp(layout, dtype):
+    """With the kernels that the plan chooses."""
+    case = Case(20, 512, 264, 64, dtype, layout=layout, bias=dtype, activation="silu")
+    p = problem_of(case)
+
+    def vjp(x, weight, bias, ct):
+        def product(x, scales, bias):
+            parts = AWQWeight(weight.qweight, scales, weight.qzeros, layout=layout, group_size=64)
+            return case.product(x, parts, bias)
+
+        y, pull = jax.vjp(product, x, weight.scales, bias)
+        return y, *pull(ct)
+
+    ct = np.random.default_rng(1).standard_normal((case.m, case.n)).astype(dtype)
+    results = jax.jit(lambda *a: vjp(*a))(p.x, p.weight, p.bias, ct)
+    wide = jax.tree.map(
+        lambda a: a if a.dtype == np.int32 else a.astype(np.float32), (p.x, p.weight, p.bias, ct)
+    )
+    with jax.default_device(jax.devices("cpu")[0]):
+        references = jax.jit(lambda *a: vjp(*a))(p.x, p.weight, p.bias, ct)
+        exact = jax.jit(lambda *a: vjp(*a))(*wide)
+    for result, wanted, reference in zip(results, exact, references, strict=True):
+        assert_close(result, np.asarray(wanted, np.float64), reference)
+
+
+@functools.cache
+def solved_batched(case, mapped):
+    """One entry of everything, and three of what is mapped."""
+    p = problem_of(case, (3,))
+    arrays = {
+        "x": p.x,
+        "qweight": p.weight.qweight,
+        "scales": p.weight.scales,
+        "qzeros": p.weight.qzeros,
+        "bias": p.bias,
+    }
+    axes = tuple(0 if name in mapped.split() else None for name in arrays)
+    operands = [a if axis == 0 else a[0] for a, axis in zip(arrays.values(), axes, strict=True)]
+    options = {"layout": case.layout, "group_size": case.group_size}
+
+    def one(x, qweight, scales, qzeros, bias):
+        return case.product(x, AWQWeight(qweight, scales, qzeros, **options), bias)
+
+    exact = []
+    for entry in range(3):
+        x, *weight, bias = (
+            a[entry] if axis == 0 else a for a, axis in zip(operands, axes, strict=True)
+        )
+        exact.append(
+            x.astype(np.float64) @ dequantize_float64(AWQWeight(*weight, **options))
+            + bias.astype(np.float64)
+        )
+    function = jax.vmap(one, in_axes=axes)
+    return function, operands, np.stack(exact), on_cpu(function, *operands)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("case", "mapped"), BATCHED_CASES, ids=str)
+def test_batched(case, mapped, variant, force):
+    function, operands, exact, reference = solved_batched(case, mapped)
+    check(force, variant, function, *operands, exact=exact, reference=reference)
+
+
+@functools.cache
+def identity_case(x, scales, layout, transpose):
+    case = Case(192, 192, 208, 32, x, scales=scales, layout=layout)
+    weight = problem_of(case).weight
+    wanted = dequantize_float64(weight).astype(x)
+    return case, weight, wanted.T if transpose else wanted
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("transpose", [False, True], ids=["", "transposed"])
+@pytest.mark.parametrize(
+    ("x", "scales", "layout"),
+    [
+        (F16, F16, "gemm"),
+        (BF16, BF16, "gemm"),
+        (BF16, F16, "gemm"),
+        (F16, BF16, "gemm"),
+        (BF16, BF16, "oc_major"),
+    ],
+    ids=str,
+)
+def test_identity_gives_the_weight(x, scales, layout, transpose, variant, force):
+    """Bit for bit: every product but one is 0, so nothing rounds except the weight."""
+    case, weight, wanted = identity_case(x, scales, layout, transpose)
+    rows = {"decode_8": 8, "decode_16": 16}.get(variant, len(wanted))
+    function = case.cotangent if transpose else case.product
+    left = (np.zeros((rows, case.k), x), weight) if transpose else ()
+    eye = np.eye(len(wanted), dtype=x)
+    sample = (*left, eye[:rows]) if transpose else (eye[:rows], weight)
+    if variant in refusals(function, *sample):
+        check(force, variant, function, *sample, exact=wanted, reference=wanted)
+        return
+    force(variant)
+    program = jax.jit(lambda *a: function(*a))
+    for start in range(0, len(eye), rows):
+        part = eye[start : start + rows]
+        y = program(*left, part) if transpose else program(part, weight)
+        np.testing.assert_array_equal(np.asarray(y), wanted[start : start + rows])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_rows(variant, force):
+    force(variant)
+    p = problem_of(Case(1, 256, 128))
+    for x in (p.x[:0], np.zeros((3, 0, 256), F16)):
+        assert awq_gemm(x, p.weight).shape == (*x.shape[:-1], 128)
+
+
+def test_every_variant_is_here():
+    p = problem_of(Case(1, 256, 128))
+    refused = refusals(awq_gemm, p.x.astype(np.float32), p.weight)
+    assert set(refused) == set(VARIANTS)
+
+
+@pytest.mark.parametrize(("x", "scales"), [(F16, F32), (F32, F16), (F32, F32)], ids=str)
+def test_float32_takes_the_reference(x, scales):
+    p = problem_of(Case(9, 256, 72, 64, x, scales=scales))
+    made = plan("awq_gemm", p.x, p.weight)
+    assert made.route == "reference"
+    assert made.refused["simt"] == ("x is float32" if x == F32 else "scales are float32")
+    if x == F16:
+        assert_close(np.asarray(p.run()), p.float64(), p.reference())
