@@ -1,0 +1,100 @@
+#!/usr/bin/env bash
+# What is run on a machine with a GPU. Its results are files in OUT; the installation goes to
+# build/gpu, not into the environment.
+#
+#     benchmarks/gpu.sh OUT [build | WHEEL.whl] [test] [sanitize] [bench] [ptx]
+#
+#   build     builds and installs the kernels for the GPU of this machine
+#   WHEEL     installs that wheel
+#   test      gpu_tests.json
+#   sanitize  sanitizers.json: compute-sanitizer with each of its tools
+#   bench     awq_gemm.json, awq_dequantize.json
+#   ptx       gpu_tests_ptx.json: the kernels of older GPUs, as PTX alone
+#
+# SITE=<folder with jax_awq and its extension> takes another installation, WORKERS=<n> as many
+# test processes.
+set -uo pipefail
+
+if [ $# -lt 2 ]; then
+  sed -n '2,15s/^# \{0,1\}//p' "$0" >&2
+  exit 2
+fi
+mkdir -p "$1"
+OUT=$(realpath "$1")
+shift
+for word in "$@"; do
+  if [[ $word == *.whl ]]; then wheel=$(realpath "$word"); fi
+done
+cd "$(dirname "$0")/.."
+SITE=${SITE:-$PWD/build/gpu/site}
+PTX_SITE=$PWD/build/gpu/ptx
+WORKERS=${WORKERS:-4}
+export XLA_PYTHON_CLIENT_PREALLOCATE=false
+export PYTHONSAFEPATH=1 # the installed package, not the Python files here without their kernels
+export PYTHONPATH=$SITE
+status=0
+
+install_to() { # directory, then what pip is told
+  local site=$1
+  shift
+  python3 -m pip install -q --no-deps --no-build-isolation --upgrade --target "$site" "$@"
+}
+
+record_tests() { # file, then what pytest is told
+  python3 benchmarks/record_gpu_tests.py "$OUT/$1" -q -n "$WORKERS" "${@:2}"
+}
+
+sanitize() {
+  local tool log errors
+  local failed=0 results=()
+  for tool in memcheck racecheck initcheck synccheck; do
+    log=$OUT/$tool.log
+    local options=(--tool "$tool" --error-exitcode 99)
+    # XLA asks the driver for things that it may not have, and goes on without.
+    if [ "$tool" = memcheck ]; then options+=(--report-api-errors no --padding 256); fi
+    compute-sanitizer "${options[@]}" python3 benchmarks/sanitize.py >"$log" 2>&1
+    local code=$?
+    errors=$(sed -nE 's/.*(ERROR|RACECHECK) SUMMARY: ([0-9]+) .*/\2/p' "$log" | tail -1)
+    echo "$tool: ${errors:-no summary,} errors, exit code $code"
+    results+=("$tool=${errors:-null},$code")
+    if [ "$code" -ne 0 ] || [ "${errors:-1}" -ne 0 ]; then
+      failed=1
+      tail -20 "$log"
+    fi
+  done
+  python3 - "$OUT/sanitizers.json" "${results[@]}" <<'EOF'
+import json, sys
+from jax_awq.bench.report import environment
+
+tools = {}
+for result in sys.argv[2:]:
+    tool, numbers = result.split("=")
+    errors, code = json.loads(f"[{numbers}]")
+    tools[tool] = {"errors": errors, "exit_code": code}
+result = environment() | {"command": "compute-sanitizer benchmarks/sanitize.py", "tools": tools}
+with open(sys.argv[1], "w", encoding="utf-8") as file:
+    file.write(json.dumps(result, indent=1) + "\n")
+EOF
+  return $failed
+}
+
+for word in "$@"; do
+  echo "== $word"
+  case $word in
+    build) install_to "$SITE" . || exit ;;
+    *.whl) install_to "$SITE" "$wheel" || exit ;;
+    test) record_tests gpu_tests.json ;;
+    sanitize) sanitize ;;
+    bench)
+      python3 -m jax_awq.bench awq_gemm --json "$OUT/awq_gemm.json" &&
+        python3 -m jax_awq.bench awq_dequantize --json "$OUT/awq_dequantize.json"
+      ;;
+    ptx)
+      install_to "$PTX_SITE" . -C cmake.define.JAX_AWQ_CUDA_ARCHITECTURES=75-virtual,80-virtual &&
+        PYTHONPATH=$PTX_SITE record_tests gpu_tests_ptx.json tests/gpu \
+          -k "(simt or mma_32 or mma_64 or mma_128 or dequantize) and not wgmma"
+      ;;
+    *) echo "gpu.sh: unknown word $word" >&2 && exit 2 ;;
+  esac || status=1
+done
+exit $status

@@ -1,0 +1,99 @@
+"""Each kernel variant once or twice on small problems, with its results checked.
+
+Made to run under compute-sanitizer: benchmarks/gpu.sh does. Alone, it is a quick test.
+"""
+
+import os
+
+# Every array an allocation of its own: inside one arena, nothing is out of bounds.
+os.environ["XLA_PYTHON_CLIENT_ALLOCATOR"] = "platform"
+os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jax_awq
+from jax_awq.testing import assert_close, dequantize_float64, random_problem, random_weight
+
+# M, K, N, group_size, dtype, layout, split_k_iters: 3 can be a cluster, 9 never is one.
+PRODUCTS = (
+    (5, 320, 144, 32, jnp.float16, "gemm", 3),
+    (7, 640, 272, 64, jnp.bfloat16, "gemm", 9),
+    (35, 320, 72, 32, jnp.bfloat16, "oc_major", 3),
+    (20, 136, 640, -1, jnp.float16, "oc_major", 9),
+    (20, 96, 136, 32, jnp.float16, "gemm", 1),
+    (5, 100, 72, -1, jnp.bfloat16, "gemm", 1),
+)
+
+
+def fused_variants(rng) -> list[str]:
+    """Those that this device and this build have: `plan` names only what cannot run."""
+    problem = random_problem(rng, 1, 64, 64, group_size=32)
+    here = jax_awq.plan("awq_gemm", problem.x, problem.weight).refused
+    float32 = jax_awq.plan("awq_gemm", problem.x.astype(np.float32), problem.weight).refused
+    return [v for v in float32 if v != "dequantize_dot" and not here.get(v, "").startswith("needs")]
+
+
+def main() -> int:
+    rng = np.random.default_rng(0)
+    ran = dict.fromkeys(fused_variants(rng), 0)
+    for m, k, n, group_size, dtype, layout, split in PRODUCTS:
+        problem = random_problem(
+            rng,
+            m,
+            k,
+            n,
+            group_size=group_size,
+            dtype=dtype,
+            layout=layout,
+            bias=True,
+            activation="silu",
+        )
+        ct = np.asarray(rng.standard_normal((m, n)), dtype)
+        exact, reference = problem.float64(), problem.reference()
+        dx = ct.astype(np.float64) @ dequantize_float64(problem.weight).T
+
+        def transposed(ct, problem=problem, split=split):
+            def product(x):
+                return jax_awq.awq_gemm(x, problem.weight, split_k_iters=split)
+
+            return jax.linear_transpose(product, problem.x)(ct)[0]
+
+        with jax.default_device(jax.devices("cpu")[0]):
+            reference_dx = transposed(ct)
+        for variant in ran:
+            os.environ["JAX_AWQ_FORCE"] = variant
+            for run, wanted, near in (
+                (lambda p=problem, s=split: p.run(split_k_iters=s), exact, reference),
+                (lambda t=transposed, ct=ct: t(ct), dx, reference_dx),
+            ):
+                try:
+                    result = run()
+                except ValueError as error:
+                    if "cannot run" not in str(error):
+                        raise
+                    continue
+                assert_close(np.asarray(result), wanted, np.asarray(near))
+                ran[variant] += 1
+        os.environ["JAX_AWQ_FORCE"] = ""
+    for k, n, group_size, layout in (
+        (96, 136, 32, "gemm"),
+        (100, 72, -1, "gemm"),
+        (72, 72, -1, "oc_major"),
+        (256, 136, 64, "oc_major"),
+    ):
+        weight = random_weight(rng, k, n, group_size=group_size, layout=layout)
+        for dtype in (jnp.float16, jnp.float32):
+            np.testing.assert_array_equal(
+                np.asarray(jax_awq.awq_dequantize(weight, dtype=dtype)),
+                dequantize_float64(weight).astype(dtype),
+            )
+    print("products by variant:", ", ".join(f"{v} {count}" for v, count in ran.items()))
+    return 0 if ran and all(ran.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
