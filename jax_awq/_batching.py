@@ -11,12 +11,15 @@ def fold_rows(bind, operands: Sequence[Any], dim: int, **params: Any):
     x = jnp.moveaxis(operands[0], dim, -3)
     *batch, size, rows, columns = x.shape
     results = bind(x.reshape(*batch, size * rows, columns), *operands[1:], **params)
-    return ([r.reshape(*r.shape[:-2], size, rows, r.shape[-1]) for r in results],
-            [r.ndim - 2 for r in results])
+    return (
+        [r.reshape(*r.shape[:-2], size, rows, r.shape[-1]) for r in results],
+        [r.ndim - 2 for r in results],
+    )
 
 
-def fold_batch(bind, operands: Sequence[Any], dims: Sequence[int | None],
-               ranks: Sequence[int], **params: Any):
+def fold_batch(
+    bind, operands: Sequence[Any], dims: Sequence[int | None], ranks: Sequence[int], **params: Any
+):
     """Folds a mapped axis into the leading batch dimension that every operand may have.
 
     Operands that are neither mapped nor batched stay shared, so their memory is not multiplied.
@@ -24,11 +27,15 @@ def fold_batch(bind, operands: Sequence[Any], dims: Sequence[int | None],
     Args:
       ranks: rank of each operand without the batch dimension.
     """
-    operands = [o if d is None else jnp.moveaxis(o, d, 0)
-                for o, d in zip(operands, dims, strict=True)]
+    operands = [
+        o if d is None else jnp.moveaxis(o, d, 0) for o, d in zip(operands, dims, strict=True)
+    ]
     size = next(o.shape[0] for o, d in zip(operands, dims, strict=True) if d is not None)
-    inner = [o.shape[len(o.shape) - r - 1] for o, d, r in zip(operands, dims, ranks, strict=True)
-             if o.ndim - (d is not None) > r]
+    inner = [
+        o.shape[len(o.shape) - r - 1]
+        for o, d, r in zip(operands, dims, ranks, strict=True)
+        if o.ndim - (d is not None) > r
+    ]
 
     def fold(operand, mapped, rank):
         batched = operand.ndim - mapped > rank
@@ -42,8 +49,10 @@ def fold_batch(bind, operands: Sequence[Any], dims: Sequence[int | None],
             operand = jnp.broadcast_to(operand[:, None], (size, inner[0], *operand.shape[1:]))
         return operand.reshape(size * inner[0], *operand.shape[2:])
 
-    results = bind(*(fold(o, d is not None, r)
-                     for o, d, r in zip(operands, dims, ranks, strict=True)), **params)
+    results = bind(
+        *(fold(o, d is not None, r) for o, d, r in zip(operands, dims, ranks, strict=True)),
+        **params,
+    )
     if inner:
         results = [r.reshape(size, inner[0], *r.shape[1:]) for r in results]
     return results, [0] * len(results)

@@ -22,8 +22,9 @@ def check_choice(op: str, name: str, value: Any, choices: tuple[Any, ...]) -> No
         raise ValueError(f"{op}: {name} must be one of {choices}, got {value!r}")
 
 
-def check_weight(op: str, qweight: Any, scales: Any, qzeros: Any, *, layout: str,
-                 group_size: int | None) -> int:
+def check_weight(
+    op: str, qweight: Any, scales: Any, qzeros: Any, *, layout: str, group_size: int | None
+) -> int:
     """Checks the arrays of a packed weight, each with any leading batch dimensions.
 
     Returns:
@@ -35,8 +36,9 @@ def check_weight(op: str, qweight: Any, scales: Any, qzeros: Any, *, layout: str
         if array is not None:
             check_dtype(op, name, array, *(FLOATS if name == "scales" else ("int32",)))
             if len(array.shape) < 2:
-                raise ValueError(f"{op}: {name} must have 2 or more dimensions, "
-                                 f"got shape {tuple(array.shape)}")
+                raise ValueError(
+                    f"{op}: {name} must have 2 or more dimensions, got shape {tuple(array.shape)}"
+                )
     k, n = weight_size(qweight.shape, layout)
     if n % PACK_FACTOR:
         raise ValueError(f"{op}: N={n} must be a multiple of {PACK_FACTOR}")
@@ -51,18 +53,22 @@ def check_weight(op: str, qweight: Any, scales: Any, qzeros: Any, *, layout: str
 def _group_size(op, k, n, scales, layout, group_size) -> int:
     if group_size is None:
         if layout == "gemv":
-            raise ValueError(f"{op}: layout 'gemv' needs group_size: its padded scales "
-                             "do not tell it")
+            raise ValueError(
+                f"{op}: layout 'gemv' needs group_size: its padded scales do not tell it"
+            )
         groups, columns = scales.shape[-2:]
         if columns != n:
-            raise ValueError(f"{op}: scales must have shape (K/group_size, {n}), "
-                             f"got {tuple(scales.shape)}")
+            raise ValueError(
+                f"{op}: scales must have shape (K/group_size, {n}), got {tuple(scales.shape)}"
+            )
         if groups == 0 or k % groups:
             raise ValueError(f"{op}: K={k} must be a multiple of the {groups} rows of scales")
         group_size = k // groups
     elif group_size != -1 and (group_size < 1 or k % group_size):
         raise ValueError(f"{op}: group_size must be -1 or a divisor of K={k}, got {group_size}")
     if layout != "gemm" and group_size != -1 and group_size % PACK_FACTOR:
-        raise ValueError(f"{op}: layout {layout!r} needs a group_size that is a multiple of "
-                         f"{PACK_FACTOR}, got {group_size}")
+        raise ValueError(
+            f"{op}: layout {layout!r} needs a group_size that is a multiple of "
+            f"{PACK_FACTOR}, got {group_size}"
+        )
     return group_size

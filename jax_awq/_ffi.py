@@ -42,8 +42,15 @@ def build_info() -> dict[str, Any]:
         version = importlib.metadata.version("jax_awq")
     except importlib.metadata.PackageNotFoundError:
         version = "0+unknown"
-    return {"version": version, "cuda": False, "architectures": [], "nvcc": "",
-            "jaxlib_headers": "", "source_hash": "", "missing": MISSING}
+    return {
+        "version": version,
+        "cuda": False,
+        "architectures": [],
+        "nvcc": "",
+        "jaxlib_headers": "",
+        "source_hash": "",
+        "missing": MISSING,
+    }
 
 
 def unavailable(on_device: bool) -> str:
@@ -77,8 +84,13 @@ def plan_awq_gemm(**kwargs: Any) -> dict[str, Any]:
     return _ext.plan_awq_gemm(**kwargs)
 
 
-def call(op: str, result: jax.ShapeDtypeStruct, *operands: Any, workspace_bytes: int | None = None,
-         **attributes: Any) -> jax.Array:
+def call(
+    op: str,
+    result: jax.ShapeDtypeStruct,
+    *operands: Any,
+    workspace_bytes: int | None = None,
+    **attributes: Any,
+) -> jax.Array:
     """Calls the FFI target of `op`.
 
     The workspace is a second result, dropped here: XLA then plans it among its other buffers,

@@ -41,8 +41,10 @@ def pack_int4(codes: Any, *, order: Order = "awq", axis: int = -1) -> Any:
     shifts = _shifts(xp, order)
     length = codes.shape[axis]
     if length % PACK_FACTOR:
-        raise ValueError(f"pack_int4: axis {axis} must be a multiple of {PACK_FACTOR} long, "
-                         f"got shape {tuple(codes.shape)}")
+        raise ValueError(
+            f"pack_int4: axis {axis} must be a multiple of {PACK_FACTOR} long, "
+            f"got shape {tuple(codes.shape)}"
+        )
     codes = xp.moveaxis(codes, axis, -1)
     codes = codes.reshape(*codes.shape[:-1], length // PACK_FACTOR, PACK_FACTOR)
     # The nibbles are disjoint, so the sum is their union; it wraps into the sign bit as wanted.
@@ -120,8 +122,11 @@ def decode(qweight: Any, scales: Any, qzeros: Any, *, layout: str, group_size: i
 def encode(codes: Any, scales: Any, zeros: Any, *, layout: str, group_size: int):
     """(qweight, scales, qzeros or None) in `layout`, the inverse of `decode`."""
     if layout == "gemm":
-        return (pack_int4(codes, order="awq"), scales,
-                None if zeros is None else pack_int4(zeros, order="awq"))
+        return (
+            pack_int4(codes, order="awq"),
+            scales,
+            None if zeros is None else pack_int4(zeros, order="awq"),
+        )
     qweight = pack_int4(codes.swapaxes(-1, -2), order="natural")
     if layout == "gemv":
         k, n = codes.shape[-2:]

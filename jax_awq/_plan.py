@@ -120,6 +120,15 @@ def why_reference(device: jax.Device | str | None, target: Target | None, forced
 
 
 def reference_plan(op: str, reason: str, refused: Mapping[str, str] | None = None) -> KernelPlan:
-    return KernelPlan(op=op, route="reference", kernel="", tile=(), split_k=1, workspace_bytes=0,
-                      accumulator="float32", deterministic=True, refused=refused or {},
-                      reason=reason)
+    return KernelPlan(
+        op=op,
+        route="reference",
+        kernel="",
+        tile=(),
+        split_k=1,
+        workspace_bytes=0,
+        accumulator="float32",
+        deterministic=True,
+        refused=refused or {},
+        reason=reason,
+    )

@@ -72,8 +72,13 @@ def bind_varying(prim: Primitive, *operands: Any, **params: Any) -> list[jax.Arr
     """
     own = [_varying(jax.typeof(o)) for o in operands]
     union = frozenset[str]().union(*own)
-    return prim.bind(*(lax.pcast(o, tuple(sorted(union - v)), to="varying") if union - v else o
-                       for o, v in zip(operands, own, strict=True)), **params)
+    return prim.bind(
+        *(
+            lax.pcast(o, tuple(sorted(union - v)), to="varying") if union - v else o
+            for o, v in zip(operands, own, strict=True)
+        ),
+        **params,
+    )
 
 
 def apply_explicit(name: str, fn: Rule, *operands: Any, **params: Any) -> tuple[jax.Array, ...]:
@@ -88,22 +93,36 @@ def apply_explicit(name: str, fn: Rule, *operands: Any, **params: Any) -> tuple[
         return fn(*operands, **params)
     sharding = op.sharding(*avals, **params)
     ins, outs = _parse(sharding.rule)
-    axes = _split_factors(sharding, ins, [a.shape for a in avals],
-                          [a.sharding.spec for a in avals], mesh.shape)
+    axes = _split_factors(
+        sharding, ins, [a.shape for a in avals], [a.sharding.spec for a in avals], mesh.shape
+    )
     in_specs, out_specs = (tuple(_spec(dims, axes) for dims in terms) for terms in (ins, outs))
     run = jax.shard_map(
-        functools.partial(_on_shard, op, fn, params, _summed_axes(sharding, axes)), mesh=mesh,
-        in_specs=in_specs, out_specs=out_specs)
-    return run(*(jax.sharding.reshard(o, NamedSharding(mesh, spec))
-                 for o, spec in zip(operands, in_specs, strict=True)))
+        functools.partial(_on_shard, op, fn, params, _summed_axes(sharding, axes)),
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+    )
+    return run(
+        *(
+            jax.sharding.reshard(o, NamedSharding(mesh, spec))
+            for o, spec in zip(operands, in_specs, strict=True)
+        )
+    )
 
 
 def _abstract_eval(op, *avals, **params):
     # The axes that vary, and the mesh with no axis used, are those of any operand.
     like = avals[0]
-    return [like.update(shape=o.shape, dtype=o.dtype, weak_type=False,
-                        sharding=like.sharding.update(spec=PartitionSpec(*[None] * len(o.shape))))
-            for o in op.out_avals(*avals, **params)]
+    return [
+        like.update(
+            shape=o.shape,
+            dtype=o.dtype,
+            weak_type=False,
+            sharding=like.sharding.update(spec=PartitionSpec(*[None] * len(o.shape))),
+        )
+        for o in op.out_avals(*avals, **params)
+    ]
 
 
 def _varying(aval) -> frozenset[str]:
@@ -113,8 +132,10 @@ def _varying(aval) -> frozenset[str]:
 def _jvp(op, bind, primals, tangents, **params):
     tangents = [None if type(t) is ad.Zero else t for t in tangents]
     results, result_tangents = op.jvp(bind, primals, tangents, **params)
-    return results, [ad.Zero(jax.typeof(r).to_tangent_aval()) if t is None else t
-                     for r, t in zip(results, result_tangents, strict=True)]
+    return results, [
+        ad.Zero(jax.typeof(r).to_tangent_aval()) if t is None else t
+        for r, t in zip(results, result_tangents, strict=True)
+    ]
 
 
 def _transpose(op, bind, cotangents, *operands, **params):
@@ -173,18 +194,30 @@ def _partitioned(op, run, params, *operands):
 
     def partition(mesh, args, results):
         axes = _split_factors(
-            sharding, ins + outs, [a.shape for a in (*args, *results)],
-            [_decoded(mesh, a.sharding) for a in (*args, *results)], mesh.shape)
-        named = [tuple(NamedSharding(mesh, _spec(dims, axes)) for dims in terms)
-                 for terms in (outs, ins)]
-        return mesh, functools.partial(
-            _on_shard, op, run, params, _summed_axes(sharding, axes)), *named
+            sharding,
+            ins + outs,
+            [a.shape for a in (*args, *results)],
+            [_decoded(mesh, a.sharding) for a in (*args, *results)],
+            mesh.shape,
+        )
+        named = [
+            tuple(NamedSharding(mesh, _spec(dims, axes)) for dims in terms) for terms in (outs, ins)
+        ]
+        return (
+            mesh,
+            functools.partial(_on_shard, op, run, params, _summed_axes(sharding, axes)),
+            *named,
+        )
 
     fn = custom_partitioning(lambda *args: tuple(run(*args, **params)))
     fn.def_partition(
-        partition=partition, decode_shardings=False, sharding_rule=sharding.rule,
+        partition=partition,
+        decode_shardings=False,
+        sharding_rule=sharding.rule,
         reduction_factors=sharding.summed,
-        need_replication_factors=tuple(f for f in order if f in sharding.whole), **sizes)
+        need_replication_factors=tuple(f for f in order if f in sharding.whole),
+        **sizes,
+    )
     return fn(*operands)
 
 
@@ -209,12 +242,18 @@ def _on_shard(op, run, params, summed_axes, *operands):
 
 def _parse(rule: str) -> list[list[list[list[str]]]]:
     """Operands and results of a rule, each a list of dimensions, each a list of factors."""
-    return [[[dim.strip("()").split() for dim in re.findall(r"\([^)]*\)|\S+", term)]
-             for term in side.split(",")] for side in rule.split("->")]
+    return [
+        [
+            [dim.strip("()").split() for dim in re.findall(r"\([^)]*\)|\S+", term)]
+            for term in side.split(",")
+        ]
+        for side in rule.split("->")
+    ]
 
 
-def _split_factors(sharding: Sharding, terms, shapes: Sequence[tuple[int, ...]], specs,
-                   mesh_shape) -> dict[str, tuple[str, ...]]:
+def _split_factors(
+    sharding: Sharding, terms, shapes: Sequence[tuple[int, ...]], specs, mesh_shape
+) -> dict[str, tuple[str, ...]]:
     """Factor -> mesh axes that split it; the first operand that splits a factor decides."""
     axes: dict[str, tuple[str, ...]] = {}
     for dims, shape, spec in zip(terms, shapes, specs, strict=True):
@@ -223,9 +262,13 @@ def _split_factors(sharding: Sharding, terms, shapes: Sequence[tuple[int, ...]],
             names = (entry,) if isinstance(entry, str) else tuple(entry or ())
             taken = {name for other in axes.values() for name in other}
             size = extent // math.prod(sharding.whole[f] for f in rest)
-            if (names and lead not in axes and lead not in sharding.whole
-                    and taken.isdisjoint(names)
-                    and size % math.prod(mesh_shape[name] for name in names) == 0):
+            if (
+                names
+                and lead not in axes
+                and lead not in sharding.whole
+                and taken.isdisjoint(names)
+                and size % math.prod(mesh_shape[name] for name in names) == 0
+            ):
                 axes[lead] = names
     return axes
 

@@ -28,8 +28,7 @@ _ACTIVATIONS = {
     "relu": lambda y: np.maximum(y, 0),
     "silu": lambda y: y / (1 + np.exp(-y)),
     "gelu": lambda y: y * 0.5 * (1 + np.vectorize(math.erf, otypes=[float])(y / math.sqrt(2))),
-    "gelu_tanh": lambda y: y * 0.5 * (
-        1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y ** 3))),
+    "gelu_tanh": lambda y: y * 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3))),
 }
 
 
@@ -44,8 +43,14 @@ class Problem:
     out_dtype: Any
 
     def run(self, **options: Any) -> jax.Array:
-        return awq_gemm(self.x, self.weight, bias=self.bias, activation=self.activation,
-                        out_dtype=self.out_dtype, **options)
+        return awq_gemm(
+            self.x,
+            self.weight,
+            bias=self.bias,
+            activation=self.activation,
+            out_dtype=self.out_dtype,
+            **options,
+        )
 
     def reference(self) -> jax.Array:
         """The result of plain JAX in the same dtypes, always on the CPU."""
@@ -55,18 +60,29 @@ class Problem:
     def float64(self) -> np.ndarray:
         x, weight = self.x.astype(np.float64), dequantize_float64(self.weight)
         *batch, k, n = weight.shape
-        y = x.reshape(*batch, math.prod(x.shape[len(batch):-1]), k) @ weight
+        y = x.reshape(*batch, math.prod(x.shape[len(batch) : -1]), k) @ weight
         if self.bias is not None:
             y = y + self.bias.astype(np.float64)[..., None, :]
         y = y.reshape(*x.shape[:-1], n)
         return _ACTIVATIONS[self.activation](y)
 
 
-def random_problem(rng: np.random.Generator, m: int | tuple[int, ...], k: int, n: int, *,
-                   group_size: int, dtype: Any = np.float16, scales_dtype: Any = None,
-                   layout: str = "gemm", symmetric: bool = False, bias: bool = False,
-                   activation: str | None = None, out_dtype: Any = None,
-                   batch: tuple[int, ...] = ()) -> Problem:
+def random_problem(
+    rng: np.random.Generator,
+    m: int | tuple[int, ...],
+    k: int,
+    n: int,
+    *,
+    group_size: int,
+    dtype: Any = np.float16,
+    scales_dtype: Any = None,
+    layout: str = "gemm",
+    symmetric: bool = False,
+    bias: bool = False,
+    activation: str | None = None,
+    out_dtype: Any = None,
+    batch: tuple[int, ...] = (),
+) -> Problem:
     """A problem with every edge case of the codes in it.
 
     Args:
@@ -75,17 +91,36 @@ def random_problem(rng: np.random.Generator, m: int | tuple[int, ...], k: int, n
       dtype: of `x`, and of the bias; `scales_dtype` is the same by default.
     """
     rows = (m,) if isinstance(m, int) else m
-    weight = random_weight(rng, k, n, group_size=group_size, dtype=scales_dtype or dtype,
-                           layout=layout, symmetric=symmetric, batch=batch)
+    weight = random_weight(
+        rng,
+        k,
+        n,
+        group_size=group_size,
+        dtype=scales_dtype or dtype,
+        layout=layout,
+        symmetric=symmetric,
+        batch=batch,
+    )
     return Problem(
-        x=_normal(rng, (*batch, *rows, k), dtype), weight=weight,
+        x=_normal(rng, (*batch, *rows, k), dtype),
+        weight=weight,
         bias=_normal(rng, (*batch, n), dtype) if bias else None,
-        activation=activation, out_dtype=out_dtype)
+        activation=activation,
+        out_dtype=out_dtype,
+    )
 
 
-def random_weight(rng: np.random.Generator, k: int, n: int, *, group_size: int,
-                  dtype: Any = np.float16, layout: str = "gemm", symmetric: bool = False,
-                  batch: tuple[int, ...] = ()) -> AWQWeight:
+def random_weight(
+    rng: np.random.Generator,
+    k: int,
+    n: int,
+    *,
+    group_size: int,
+    dtype: Any = np.float16,
+    layout: str = "gemm",
+    symmetric: bool = False,
+    batch: tuple[int, ...] = (),
+) -> AWQWeight:
     """Random words; subnormal float16 scales, and zeros of 0 and of 15, are in the first word."""
     groups = 1 if group_size == -1 else k // group_size
     scales = rng.uniform(0.5, 1.5, (*batch, groups, n)) / 64
@@ -93,9 +128,15 @@ def random_weight(rng: np.random.Generator, k: int, n: int, *, group_size: int,
     scales[..., 0, :3] = 1e-5 / 15, 2.0**-24, 0
     qzeros = _words(rng, (*batch, groups, n // 8))
     qzeros[..., 0, 0] = 0x0F0F0F0F
-    return convert(AWQWeight(
-        _words(rng, (*batch, k, n // 8)), scales.astype(dtype), None if symmetric else qzeros,
-        group_size=group_size), layout)
+    return convert(
+        AWQWeight(
+            _words(rng, (*batch, k, n // 8)),
+            scales.astype(dtype),
+            None if symmetric else qzeros,
+            group_size=group_size,
+        ),
+        layout,
+    )
 
 
 def dequantize_float64(weight: AWQWeight) -> np.ndarray:
@@ -111,7 +152,7 @@ def dequantize_float64(weight: AWQWeight) -> np.ndarray:
     for nibble in range(8):
         values = (qweight >> (4 * nibble)) & 15
         if weight.layout == "gemm":
-            codes[..., _AWQ_COLUMNS[nibble]::8] = values
+            codes[..., _AWQ_COLUMNS[nibble] :: 8] = values
         else:
             codes[..., nibble::8, :] = np.swapaxes(values, -1, -2)
 
@@ -142,21 +183,24 @@ def assert_close(actual: Any, exact: np.ndarray, reference: Any) -> None:
       reference: the same computed by plain JAX in the dtypes of `actual`.
     """
     assert actual.shape == exact.shape == reference.shape, (
-        f"shapes {actual.shape}, {exact.shape}, {reference.shape}")
+        f"shapes {actual.shape}, {exact.shape}, {reference.shape}"
+    )
     assert actual.dtype == reference.dtype, f"dtypes {actual.dtype}, {reference.dtype}"
     if exact.size == 0:
         return
     actual64, reference64 = (np.asarray(a).astype(np.float64) for a in (actual, reference))
     row = np.max(np.abs(exact), axis=-1, keepdims=True) if exact.ndim else np.abs(exact)
-    allowed = (REFERENCE_ERRORS * np.max(np.abs(reference64 - exact))
-               + OUTPUT_ULPS * _ulp(row, actual.dtype))
+    allowed = REFERENCE_ERRORS * np.max(np.abs(reference64 - exact)) + OUTPUT_ULPS * _ulp(
+        row, actual.dtype
+    )
     error = np.abs(actual64 - exact)
     worst = np.unravel_index(np.argmax(error - allowed), error.shape)
     bad = ~(error <= allowed)  # a NaN is bad
     assert not bad.any(), (
         f"{bad.sum()} of {bad.size} values are off; at {tuple(map(int, worst))} got "
         f"{actual64[worst]}, float64 gives {exact[worst]}, allowed error "
-        f"{np.broadcast_to(allowed, error.shape)[worst]}")
+        f"{np.broadcast_to(allowed, error.shape)[worst]}"
+    )
 
 
 def _ulp(value: np.ndarray, dtype: Any) -> np.ndarray:
@@ -170,4 +214,4 @@ def _normal(rng, shape, dtype):
 
 
 def _words(rng, shape):
-    return rng.integers(-2**31, 2**31, shape, dtype=np.int64).astype(np.int32)
+    return rng.integers(-(2**31), 2**31, shape, dtype=np.int64).astype(np.int32)

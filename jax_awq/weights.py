@@ -42,8 +42,14 @@ class AWQWeight:
     group_size: int = dataclasses.field(default=None, kw_only=True)  # type: ignore[assignment]
 
     def __post_init__(self):
-        group_size = check_weight("AWQWeight", self.qweight, self.scales, self.qzeros,
-                                  layout=self.layout, group_size=self.group_size)
+        group_size = check_weight(
+            "AWQWeight",
+            self.qweight,
+            self.scales,
+            self.qzeros,
+            layout=self.layout,
+            group_size=self.group_size,
+        )
         object.__setattr__(self, "group_size", group_size)
 
     def tree_flatten_with_keys(self):
@@ -85,16 +91,19 @@ class AWQWeight:
         return awq_gemm(x, self)
 
     def __repr__(self) -> str:
-        leaves = ", ".join(f"{key.name}={_shape_of(value)}"
-                           for key, value in self.tree_flatten_with_keys()[0])
+        leaves = ", ".join(
+            f"{key.name}={_shape_of(value)}" for key, value in self.tree_flatten_with_keys()[0]
+        )
         return f"AWQWeight({leaves}, layout={self.layout!r}, group_size={self.group_size})"
 
 
 # Lets `jax.export` store a function that takes or gives an `AWQWeight`; the name is in its files.
 export.register_pytree_node_serialization(
-    AWQWeight, serialized_name="jax_awq.AWQWeight",
+    AWQWeight,
+    serialized_name="jax_awq.AWQWeight",
     serialize_auxdata=lambda static: json.dumps(static).encode(),
-    deserialize_auxdata=lambda data: tuple(json.loads(data)))
+    deserialize_auxdata=lambda data: tuple(json.loads(data)),
+)
 
 
 def convert(weight: AWQWeight, layout: str) -> AWQWeight:
@@ -114,10 +123,16 @@ def convert(weight: AWQWeight, layout: str) -> AWQWeight:
     check_choice("convert", "layout", layout, LAYOUTS)
     if layout == weight.layout:
         return weight
-    codes, zeros, scales = decode(weight.qweight, weight.scales, weight.qzeros,
-                                  layout=weight.layout, group_size=weight.group_size)
-    qweight, scales, qzeros = encode(codes, scales, zeros, layout=layout,
-                                     group_size=weight.group_size)
+    codes, zeros, scales = decode(
+        weight.qweight,
+        weight.scales,
+        weight.qzeros,
+        layout=weight.layout,
+        group_size=weight.group_size,
+    )
+    qweight, scales, qzeros = encode(
+        codes, scales, zeros, layout=layout, group_size=weight.group_size
+    )
     return AWQWeight(qweight, scales, qzeros, layout=layout, group_size=weight.group_size)
 
 

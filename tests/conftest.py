@@ -6,7 +6,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))  # for contract.py, besid
 
 # Before jax is imported: the sharding tests need a mesh, and a CPU can play eight devices.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8")
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
 
 import jax
 import numpy as np

@@ -17,8 +17,12 @@ K, N, M, E = 64, 16, 3, 2  # E: length of every mapped axis
 def auto_mesh(**sizes: int) -> jax.sharding.Mesh:
     """Axes that the partitioner may use as it likes; `jax.make_mesh` alone makes Explicit ones."""
     count = int(np.prod(list(sizes.values())))
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=jax.devices()[:count],
-                         axis_types=(jax.sharding.AxisType.Auto,) * len(sizes))
+    return jax.make_mesh(
+        tuple(sizes.values()),
+        tuple(sizes),
+        devices=jax.devices()[:count],
+        axis_types=(jax.sharding.AxisType.Auto,) * len(sizes),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,23 +60,28 @@ class Case:
 
 
 def _canonical_scales(scales, layout, group_size):
-    return scales if layout != "gemv" else scales[..., :K // group_size].swapaxes(-1, -2)
+    return scales if layout != "gemv" else scales[..., : K // group_size].swapaxes(-1, -2)
 
 
 def _dense_weight(weight: AWQWeight, scales, rounded):
     """``(q - z) * s`` as a function of the scales; `rounded` is the dtype, or None for float64."""
     ones = dataclasses.replace(weight, scales=np.ones_like(weight.scales))
     codes = dequantize_float64(ones)
-    scales = jnp.repeat(_canonical_scales(scales, weight.layout, weight.group_size),
-                        weight.group_size, -2)
+    scales = jnp.repeat(
+        _canonical_scales(scales, weight.layout, weight.group_size), weight.group_size, -2
+    )
     if scales.dtype == jnp.float64:
         return codes * scales
     return (codes.astype(np.float32) * scales.astype(jnp.float32)).astype(rounded)
 
 
-_ACTIVATIONS = {None: lambda y: y, "silu": jax.nn.silu, "relu": jax.nn.relu,
-                "gelu": lambda y: jax.nn.gelu(y, approximate=False),
-                "gelu_tanh": lambda y: jax.nn.gelu(y, approximate=True)}
+_ACTIVATIONS = {
+    None: lambda y: y,
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+    "gelu": lambda y: jax.nn.gelu(y, approximate=False),
+    "gelu_tanh": lambda y: jax.nn.gelu(y, approximate=True),
+}
 
 
 def _gemm(seed: int, **options: Any) -> Case:
@@ -88,20 +97,30 @@ def _gemm(seed: int, **options: Any) -> Case:
 
     def fn(*operands):
         x, qweight, scales, qzeros, bias = arguments(*operands)
-        return awq_gemm(x, qweight, scales, qzeros, bias=bias, activation=problem.activation,
-                        out_dtype=problem.out_dtype, **static)
+        return awq_gemm(
+            x,
+            qweight,
+            scales,
+            qzeros,
+            bias=bias,
+            activation=problem.activation,
+            out_dtype=problem.out_dtype,
+            **static,
+        )
 
     def exact(*operands):
         x, qweight, scales, qzeros, bias = arguments(*operands)
-        return Problem(x, AWQWeight(qweight, scales, qzeros, **static), bias, problem.activation,
-                       None).float64()
+        return Problem(
+            x, AWQWeight(qweight, scales, qzeros, **static), bias, problem.activation, None
+        ).float64()
 
     def dense(x, scales, bias=None):
         wide = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
         y = jnp.matmul(x, _dense_weight(weight, scales, x.dtype), preferred_element_type=wide)
         y = y if bias is None else y + bias.astype(wide)
         return _ACTIVATIONS[problem.activation](y).astype(
-            wide if wide == jnp.float64 else out_dtype)
+            wide if wide == jnp.float64 else out_dtype
+        )
 
     arrays = [problem.x, weight.qweight, weight.scales, weight.qzeros, problem.bias]
     operands = tuple(a for a in arrays if a is not None)

@@ -35,6 +35,7 @@ def test_eager_and_jit(case):
 
 # --- vmap
 
+
 @every_case
 def test_vmap_of_every_subset_of_operands(case):
     variants = [case.operands, *(case.another(seed) for seed in range(1, E))]
@@ -44,13 +45,18 @@ def test_vmap_of_every_subset_of_operands(case):
             continue
         # The mapped axis is the first of one operand, the last of the next.
         axes = [(-1 if i % 2 else 0) if mapped[i] else None for i in range(count)]
-        operands = [np.stack([v[i] for v in variants], axes[i]) if mapped[i] else case.operands[i]
-                    for i in range(count)]
+        operands = [
+            np.stack([v[i] for v in variants], axes[i]) if mapped[i] else case.operands[i]
+            for i in range(count)
+        ]
         each = [[v[i] if mapped[i] else case.operands[i] for i in range(count)] for v in variants]
         out_axis = -1 if sum(mapped) % 2 else 0
         got = jax.vmap(case.fn, axes, out_axis)(*operands)
-        assert_close(got, np.stack([case.exact(*o) for o in each], out_axis),
-                     jnp.stack([case.fn(*o) for o in each], out_axis))
+        assert_close(
+            got,
+            np.stack([case.exact(*o) for o in each], out_axis),
+            jnp.stack([case.fn(*o) for o in each], out_axis),
+        )
 
 
 @every_case
@@ -59,20 +65,34 @@ def test_nested_vmap(case):
     count, inner_size = len(case.operands), 3
     inner = [False, *[True] * (count - 1)]
     for outer in [*np.eye(count, dtype=bool).tolist(), [True] * count]:
-        each = [[tuple(case.another(inner_size * i * outer[o] + j * inner[o])[o]
-                       for o in range(count)) for j in range(inner_size)] for i in range(E)]
+        each = [
+            [
+                tuple(
+                    case.another(inner_size * i * outer[o] + j * inner[o])[o] for o in range(count)
+                )
+                for j in range(inner_size)
+            ]
+            for i in range(E)
+        ]
         operands = []
         for o in range(count):
-            rows = [np.stack([each[i][j][o] for j in range(inner_size)]) if inner[o]
-                    else each[i][0][o] for i in range(E)]
+            rows = [
+                np.stack([each[i][j][o] for j in range(inner_size)]) if inner[o] else each[i][0][o]
+                for i in range(E)
+            ]
             operands.append(np.stack(rows) if outer[o] else rows[0])
-        got = jax.vmap(jax.vmap(case.fn, [0 if m else None for m in inner]),
-                       [0 if m else None for m in outer])(*operands)
-        assert_close(got, np.stack([np.stack([case.exact(*o) for o in row]) for row in each]),
-                     jnp.stack([jnp.stack([case.fn(*o) for o in row]) for row in each]))
+        got = jax.vmap(
+            jax.vmap(case.fn, [0 if m else None for m in inner]), [0 if m else None for m in outer]
+        )(*operands)
+        assert_close(
+            got,
+            np.stack([np.stack([case.exact(*o) for o in row]) for row in each]),
+            jnp.stack([jnp.stack([case.fn(*o) for o in row]) for row in each]),
+        )
 
 
 # --- derivatives, against float64
+
 
 def _loss(fn, cotangent):
     return lambda *floats: jnp.vdot(fn(*floats).astype(cotangent.dtype), cotangent)
@@ -112,13 +132,16 @@ def test_jvp(case):
         return jax.jvp(fn, tuple(floats), tuple(tangents))[1]
 
     rng = np.random.default_rng(10)
-    tangents = [rng.standard_normal(f.shape).astype(np.float32).astype(f.dtype)
-                for f in case.float_operands]
+    tangents = [
+        rng.standard_normal(f.shape).astype(np.float32).astype(f.dtype) for f in case.float_operands
+    ]
     for live in [*np.eye(len(tangents)), np.ones(len(tangents))]:
         some = [t * np.asarray(on, t.dtype) for t, on in zip(tangents, live, strict=True)]
-        assert_close(tangent_out(case.of_floats, case.float_operands, *some),
-                     _in_float64(tangent_out, case, *some),
-                     tangent_out(case.dense, case.float_operands, *some))
+        assert_close(
+            tangent_out(case.of_floats, case.float_operands, *some),
+            _in_float64(tangent_out, case, *some),
+            tangent_out(case.dense, case.float_operands, *some),
+        )
 
 
 @every_case
@@ -131,8 +154,12 @@ def test_vmap_of_grad(case):
         one = jax.grad(_loss(case.of_floats, cotangent), index)(*(s[i] for s in stacked))
         for batched, single in zip(got, one, strict=True):
             # Folding changes only the order of sums, which the last bits of 16-bit types show.
-            np.testing.assert_allclose(batched[i].astype(np.float32), single.astype(np.float32),
-                                       rtol=2e-2, atol=2e-2 * float(np.abs(single).max()))
+            np.testing.assert_allclose(
+                batched[i].astype(np.float32),
+                single.astype(np.float32),
+                rtol=2e-2,
+                atol=2e-2 * float(np.abs(single).max()),
+            )
 
 
 @every_case
@@ -150,10 +177,12 @@ def test_grad_of_an_operand_shared_over_a_batch(case):
 
         value = case.operands[shared]
         got = jax.grad(loss)(value, jax.vmap(case.fn, axes), stacked)
-        want = np.sum([np.asarray(jax.grad(loss)(value, case.fn, v), np.float32)
-                       for v in variants], 0)
-        np.testing.assert_allclose(np.asarray(got, np.float32), want, rtol=2e-2,
-                                   atol=2e-2 * np.abs(want).max())
+        want = np.sum(
+            [np.asarray(jax.grad(loss)(value, case.fn, v), np.float32) for v in variants], 0
+        )
+        np.testing.assert_allclose(
+            np.asarray(got, np.float32), want, rtol=2e-2, atol=2e-2 * np.abs(want).max()
+        )
 
 
 @every_case
@@ -174,21 +203,24 @@ def test_second_derivatives(case):
         def directional(*a):
             g = jax.grad(square(fn), tuple(range(len(floats))))(*a)
             return sum(jnp.sum(x.astype(jnp.float32)) for x in g)
+
         return jax.grad(directional, tuple(range(len(floats))))(*floats)
 
     for transform in (forward_over_reverse, reverse_over_reverse):
         for g, r in zip(transform(case.of_floats), transform(case.dense), strict=True):
             assert g.dtype == r.dtype
             r = np.asarray(r, np.float32)
-            np.testing.assert_allclose(np.asarray(g, np.float32), r, rtol=0.05,
-                                       atol=0.05 * np.abs(r).max())
+            np.testing.assert_allclose(
+                np.asarray(g, np.float32), r, rtol=0.05, atol=0.05 * np.abs(r).max()
+            )
 
 
 @every_case
 def test_integers_have_float0_tangents(case):
     integers = [i for i in range(len(case.operands)) if i not in case.floats]
-    got = jax.grad(lambda *o: case.fn(*o).astype(jnp.float32).sum(), tuple(integers),
-                   allow_int=True)(*case.operands)
+    got = jax.grad(
+        lambda *o: case.fn(*o).astype(jnp.float32).sum(), tuple(integers), allow_int=True
+    )(*case.operands)
     assert all(g.dtype == jax.dtypes.float0 for g in got)
 
 
@@ -200,6 +232,7 @@ def test_linear_transpose(rng):
 
 
 # --- control flow
+
 
 def test_scan_over_layers_with_remat(rng):
     """A stack of square layers as one scan equals the loop, and so do its gradients."""
@@ -218,12 +251,14 @@ def test_scan_over_layers_with_remat(rng):
         return jax.lax.scan(jax.checkpoint(layer), x, weights)[0]
 
     np.testing.assert_array_equal(jax.jit(scanned)(x), looped(x))
-    gradients = [jax.grad(lambda x, f=f: f(x).astype(jnp.float32).sum())(x)
-                 for f in (scanned, looped)]
+    gradients = [
+        jax.grad(lambda x, f=f: f(x).astype(jnp.float32).sum())(x) for f in (scanned, looped)
+    ]
     np.testing.assert_allclose(*gradients, rtol=1e-2, atol=1e-4)
 
 
 # --- shard_map
+
 
 @pytest.mark.parametrize("check_vma", [True, False])
 @every_case
@@ -237,8 +272,12 @@ def test_shard_map(case, check_vma):
         return case.of_floats(*floats).astype(jnp.float32)[None] * scale.reshape(1, 1, 1)
 
     mapped = jax.shard_map(
-        local, mesh=mesh, in_specs=(P("i"), *[P()] * len(case.floats)), out_specs=P("i"),
-        check_vma=check_vma)
+        local,
+        mesh=mesh,
+        in_specs=(P("i"), *[P()] * len(case.floats)),
+        out_specs=P("i"),
+        check_vma=check_vma,
+    )
     want = case.fn(*case.operands).astype(jnp.float32)
     got = jax.jit(mapped)(scale, *case.float_operands)
     assert got.shape == (2, *shape)
@@ -247,10 +286,15 @@ def test_shard_map(case, check_vma):
     index = tuple(range(len(case.floats)))
     gradients = jax.jit(jax.grad(lambda *f: mapped(scale, *f).sum(), index))(*case.float_operands)
     single = jax.grad(lambda *f: 4 * case.of_floats(*f).astype(jnp.float32).sum(), index)(
-        *case.float_operands)
+        *case.float_operands
+    )
     for g, s in zip(gradients, single, strict=True):
-        np.testing.assert_allclose(np.asarray(g, np.float32), np.asarray(s, np.float32), rtol=2e-2,
-                                   atol=1e-2 * float(np.abs(np.asarray(s, np.float32)).max()))
+        np.testing.assert_allclose(
+            np.asarray(g, np.float32),
+            np.asarray(s, np.float32),
+            rtol=2e-2,
+            atol=1e-2 * float(np.abs(np.asarray(s, np.float32)).max()),
+        )
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
@@ -260,14 +304,27 @@ def test_shard_map_of_a_split_x_and_a_replicated_weight(rng, check_vma):
     weight = random_weight(rng, K, 16, group_size=32, dtype=np.float32)
     x = rng.standard_normal((4, K)).astype(np.float32)
     columns = jax.tree.map(lambda _: P(None, "n"), weight)
-    mapped = jax.shard_map(awq_gemm, mesh=mesh, in_specs=(P("m"), columns),
-                           out_specs=P("m", "n"), check_vma=check_vma)
+    mapped = jax.shard_map(
+        awq_gemm, mesh=mesh, in_specs=(P("m"), columns), out_specs=P("m", "n"), check_vma=check_vma
+    )
 
     def loss(fn, x, scales):
-        return (fn(x, jax.tree.unflatten(jax.tree.structure(weight), [
-            weight.qweight, scales, weight.qzeros])) ** 2).sum()
+        return (
+            fn(
+                x,
+                jax.tree.unflatten(
+                    jax.tree.structure(weight), [weight.qweight, scales, weight.qzeros]
+                ),
+            )
+            ** 2
+        ).sum()
 
     np.testing.assert_allclose(jax.jit(mapped)(x, weight), awq_gemm(x, weight), rtol=1e-6)
-    for got, want in zip(*(jax.jit(jax.grad(functools.partial(loss, fn), (0, 1)))(
-            x, weight.scales) for fn in (mapped, awq_gemm)), strict=True):
+    for got, want in zip(
+        *(
+            jax.jit(jax.grad(functools.partial(loss, fn), (0, 1)))(x, weight.scales)
+            for fn in (mapped, awq_gemm)
+        ),
+        strict=True,
+    ):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)

@@ -12,9 +12,13 @@ K, N, G = 64, 16, 32
 
 def arguments(**changes):
     f16, i32 = np.float16, np.int32
-    return {"x": np.ones((3, K), f16), "qweight": np.zeros((K, N // 8), i32),
-            "scales": np.ones((K // G, N), f16), "qzeros": np.zeros((K // G, N // 8), i32),
-            **changes}
+    return {
+        "x": np.ones((3, K), f16),
+        "qweight": np.zeros((K, N // 8), i32),
+        "scales": np.ones((K // G, N), f16),
+        "qzeros": np.zeros((K // G, N // 8), i32),
+        **changes,
+    }
 
 
 ONES = np.ones
@@ -22,52 +26,99 @@ WEIGHT = AWQWeight(**{k: v for k, v in arguments().items() if k != "x"})
 
 WEIGHT_ERRORS = [
     ({"qweight": ONES((K, 2), np.uint32)}, TypeError, "qweight must be int32, got uint32"),
-    ({"scales": ONES((2, N), np.int8)}, TypeError,
-     "scales must be float16 or bfloat16 or float32, got int8"),
+    (
+        {"scales": ONES((2, N), np.int8)},
+        TypeError,
+        "scales must be float16 or bfloat16 or float32, got int8",
+    ),
     ({"qzeros": ONES((2, 2), np.int8)}, TypeError, "qzeros must be int32, got int8"),
-    ({"scales": ONES((N, 2), np.float16), "group_size": G}, ValueError,
-     "scales must have shape (2, 16), got (16, 2)"),
-    ({"scales": ONES((N, 2), np.float16)}, ValueError,
-     "scales must have shape (K/group_size, 16), got (16, 2)"),
-    ({"scales": ONES((5, N), np.float16)}, ValueError,
-     "K=64 must be a multiple of the 5 rows of scales"),
+    (
+        {"scales": ONES((N, 2), np.float16), "group_size": G},
+        ValueError,
+        "scales must have shape (2, 16), got (16, 2)",
+    ),
+    (
+        {"scales": ONES((N, 2), np.float16)},
+        ValueError,
+        "scales must have shape (K/group_size, 16), got (16, 2)",
+    ),
+    (
+        {"scales": ONES((5, N), np.float16)},
+        ValueError,
+        "K=64 must be a multiple of the 5 rows of scales",
+    ),
     ({"qzeros": ONES((2, 16), np.int32)}, ValueError, "qzeros must have shape (2, 2), got (2, 16)"),
-    ({"scales": ONES(N, np.float16)}, ValueError,
-     "scales must have 2 or more dimensions, got shape (16,)"),
-    ({"layout": "marlin"}, ValueError,
-     "layout must be one of ('gemm', 'gemv', 'oc_major'), got 'marlin'"),
+    (
+        {"scales": ONES(N, np.float16)},
+        ValueError,
+        "scales must have 2 or more dimensions, got shape (16,)",
+    ),
+    (
+        {"layout": "marlin"},
+        ValueError,
+        "layout must be one of ('gemm', 'gemv', 'oc_major'), got 'marlin'",
+    ),
     ({"group_size": 48}, ValueError, "group_size must be -1 or a divisor of K=64, got 48"),
-    ({"layout": "gemv"}, ValueError,
-     "layout 'gemv' needs group_size: its padded scales do not tell it"),
+    (
+        {"layout": "gemv"},
+        ValueError,
+        "layout 'gemv' needs group_size: its padded scales do not tell it",
+    ),
     ({"scales": None}, ValueError, "scales are needed unless qweight is an AWQWeight"),
-    ({"qweight": ONES((2, 2, K, 2), np.int32)}, ValueError,
-     "qweight must have 2 dimensions, or 3 with a leading batch, got shape (2, 2, 64, 2)"),
-    ({"qweight": ONES((4, K, 2), np.int32), "scales": ONES((5, 2, N), np.float16)}, ValueError,
-     "leading batch dimensions must agree, got qweight 4, scales 5"),
+    (
+        {"qweight": ONES((2, 2, K, 2), np.int32)},
+        ValueError,
+        "qweight must have 2 dimensions, or 3 with a leading batch, got shape (2, 2, 64, 2)",
+    ),
+    (
+        {"qweight": ONES((4, K, 2), np.int32), "scales": ONES((5, 2, N), np.float16)},
+        ValueError,
+        "leading batch dimensions must agree, got qweight 4, scales 5",
+    ),
     ({"qweight": WEIGHT, "qzeros": None}, ValueError, "an AWQWeight brings its own scales"),
-    ({"qweight": WEIGHT, "scales": None, "qzeros": None, "layout": "gemv", "group_size": G},
-     ValueError, "an AWQWeight brings its own layout, group_size"),
+    (
+        {"qweight": WEIGHT, "scales": None, "qzeros": None, "layout": "gemv", "group_size": G},
+        ValueError,
+        "an AWQWeight brings its own layout, group_size",
+    ),
 ]
 
 GEMM_ERRORS = [
-    ({"x": ONES((3, K), np.int8)}, TypeError,
-     "x must be float16 or bfloat16 or float32, got int8"),
+    ({"x": ONES((3, K), np.int8)}, TypeError, "x must be float16 or bfloat16 or float32, got int8"),
     ({"x": ONES((3, 32), np.float16)}, ValueError, "x must have shape (..., 64), got (3, 32)"),
     ({"x": np.float16(1)}, ValueError, "x must have shape (..., 64), got ()"),
     ({"bias": ONES(8, np.float16)}, ValueError, "bias must have shape (16,), got (8,)"),
-    ({"bias": ONES((1, 1, N), np.float16)}, ValueError,
-     "bias must have shape (1, 16), got (1, 1, 16)"),
-    ({"bias": ONES(N, np.int32)}, TypeError,
-     "bias must be float16 or bfloat16 or float32, got int32"),
-    ({"activation": "swish"}, ValueError,
-     "activation must be one of (None, 'gelu', 'gelu_tanh', 'relu', 'silu'), got 'swish'"),
+    (
+        {"bias": ONES((1, 1, N), np.float16)},
+        ValueError,
+        "bias must have shape (1, 16), got (1, 1, 16)",
+    ),
+    (
+        {"bias": ONES(N, np.int32)},
+        TypeError,
+        "bias must be float16 or bfloat16 or float32, got int32",
+    ),
+    (
+        {"activation": "swish"},
+        ValueError,
+        "activation must be one of (None, 'gelu', 'gelu_tanh', 'relu', 'silu'), got 'swish'",
+    ),
     ({"split_k_iters": 0}, ValueError, "split_k_iters must be 1 or more, got 0"),
-    ({"out_dtype": jnp.int32}, TypeError,
-     "the result must be float16 or bfloat16 or float32, got int32"),
-    ({"qweight": ONES((4, K, 2), np.int32)}, ValueError,
-     "x must have shape (4, ..., 64), got (3, 64)"),
-    ({"bias": ONES((4, N), np.float16), "qweight": ONES((5, K, 2), np.int32)}, ValueError,
-     "leading batch dimensions must agree, got qweight 5, bias 4"),
+    (
+        {"out_dtype": jnp.int32},
+        TypeError,
+        "the result must be float16 or bfloat16 or float32, got int32",
+    ),
+    (
+        {"qweight": ONES((4, K, 2), np.int32)},
+        ValueError,
+        "x must have shape (4, ..., 64), got (3, 64)",
+    ),
+    (
+        {"bias": ONES((4, N), np.float16), "qweight": ONES((5, K, 2), np.int32)},
+        ValueError,
+        "leading batch dimensions must agree, got qweight 5, bias 4",
+    ),
 ]
 
 
@@ -85,9 +136,17 @@ def test_awq_gemm(change, error, text):
         assert str(caught.value) == f"awq_gemm: {text}"
 
 
-@pytest.mark.parametrize(("change", "error", "text"), [
-    *WEIGHT_ERRORS, ({"dtype": jnp.int8}, TypeError,
-                     "the result must be float16 or bfloat16 or float32, got int8")])
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        *WEIGHT_ERRORS,
+        (
+            {"dtype": jnp.int8},
+            TypeError,
+            "the result must be float16 or bfloat16 or float32, got int8",
+        ),
+    ],
+)
 def test_awq_dequantize(change, error, text):
     options = arguments(**change)
     del options["x"]

@@ -25,11 +25,17 @@ def planned(monkeypatch):
 
     def plan_awq_gemm(**kwargs):
         asked.append(kwargs)
-        return {"variant": kwargs["variant"] or "mma_32", "tile": (32, 128), "split_k": 2,
-                "workspace_bytes": WORKSPACE, "refused": {"decode": "more than 16 rows of x"}}
+        return {
+            "variant": kwargs["variant"] or "mma_32",
+            "tile": (32, 128),
+            "split_k": 2,
+            "workspace_bytes": WORKSPACE,
+            "refused": {"decode": "more than 16 rows of x"},
+        }
 
-    monkeypatch.setattr(_ffi, "_ext", types.SimpleNamespace(
-        plan_awq_gemm=plan_awq_gemm, driver_problem=lambda: ""))
+    monkeypatch.setattr(
+        _ffi, "_ext", types.SimpleNamespace(plan_awq_gemm=plan_awq_gemm, driver_problem=lambda: "")
+    )
     return asked
 
 
@@ -49,31 +55,58 @@ def attributes(call):
 @pytest.mark.parametrize("layout", ["gemm", "gemv", "oc_major"])
 def test_one_custom_call_with_its_workspace(rng, planned, layout):
     p = random_problem(rng, 20, K, N, group_size=32, layout=layout, bias=True)
-    (call,) = custom_calls(lowered(
-        lambda x, w, b: awq_gemm(x, w, bias=b, activation="silu", split_k_iters=4),
-        p.x, p.weight, p.bias))
+    (call,) = custom_calls(
+        lowered(
+            lambda x, w, b: awq_gemm(x, w, bias=b, activation="silu", split_k_iters=4),
+            p.x,
+            p.weight,
+            p.bias,
+        )
+    )
     assert "@jax_awq.awq_gemm(" in call
     assert attributes(call) == {
-        "activation": '"silu"', "group_size": "32 : i64", "split_k": "4 : i64",
-        "layout": '"gemm"' if layout == "gemm" else '"oc_major"', "transpose": "false",
-        "variant": '""'}
+        "activation": '"silu"',
+        "group_size": "32 : i64",
+        "split_k": "4 : i64",
+        "layout": '"gemm"' if layout == "gemm" else '"oc_major"',
+        "transpose": "false",
+        "variant": '""',
+    }
     qweight = f"tensor<{K}x{N // 8}xi32>" if layout == "gemm" else f"tensor<{N}x{K // 8}xi32>"
     assert call.endswith(
         f": (tensor<20x{K}xf16>, {qweight}, tensor<2x{N}xf16>, tensor<2x{N // 8}xi32>, "
-        f"tensor<{N}xf16>) -> (tensor<20x{N}xf16>, tensor<{WORKSPACE}xui8>)")
+        f"tensor<{N}xf16>) -> (tensor<20x{N}xf16>, tensor<{WORKSPACE}xui8>)"
+    )
     assert planned[-1] == {
-        "m": 20, "n": N, "k": K, "batch": 1, "group_size": 32,
-        "layout": "gemm" if layout == "gemm" else "oc_major", "x_dtype": "float16",
-        "scales_dtype": "float16", "out_dtype": "float16", "has_zeros": True, "transpose": False,
-        "split_k": 4, "variant": "", "arch": 90, "sm_count": 132}
+        "m": 20,
+        "n": N,
+        "k": K,
+        "batch": 1,
+        "group_size": 32,
+        "layout": "gemm" if layout == "gemm" else "oc_major",
+        "x_dtype": "float16",
+        "scales_dtype": "float16",
+        "out_dtype": "float16",
+        "has_zeros": True,
+        "transpose": False,
+        "split_k": 4,
+        "variant": "",
+        "arch": 90,
+        "sm_count": 132,
+    }
 
 
 @pytest.mark.usefixtures("planned")
 class TestCustomCalls:
     def test_typed_api_in_hlo(self, rng):
         p = random_problem(rng, 20, K, N, group_size=32)
-        text = jax.jit(lambda x, w: x @ w).trace(p.x, p.weight).lower(
-            lowering_platforms=("cuda",)).compiler_ir("hlo").as_hlo_text()
+        text = (
+            jax.jit(lambda x, w: x @ w)
+            .trace(p.x, p.weight)
+            .lower(lowering_platforms=("cuda",))
+            .compiler_ir("hlo")
+            .as_hlo_text()
+        )
         assert text.count("api_version=API_VERSION_TYPED_FFI") == 1
 
     def test_absent_operands_are_empty(self, rng):
@@ -84,8 +117,9 @@ class TestCustomCalls:
 
     def test_gradient_is_the_transposed_product(self, rng):
         p = random_problem(rng, 20, K, N, group_size=32)
-        (call,) = custom_calls(lowered(
-            jax.grad(lambda x, w: (x @ w).astype(jnp.float32).sum()), p.x, p.weight))
+        (call,) = custom_calls(
+            lowered(jax.grad(lambda x, w: (x @ w).astype(jnp.float32).sum()), p.x, p.weight)
+        )
         assert attributes(call)["transpose"] == "true"
         assert f"-> (tensor<20x{K}xf16>," in call
 
@@ -105,8 +139,12 @@ class TestCustomCalls:
     def test_shard_map(self, rng, check_vma):
         p = random_problem(rng, 20, K, N, group_size=32)
         fn = jax.shard_map(
-            awq_gemm, mesh=auto_mesh(m=2, n=2), check_vma=check_vma, out_specs=P("m", "n"),
-            in_specs=(P("m"), jax.tree.map(lambda _: P(None, "n"), p.weight)))
+            awq_gemm,
+            mesh=auto_mesh(m=2, n=2),
+            check_vma=check_vma,
+            out_specs=P("m", "n"),
+            in_specs=(P("m"), jax.tree.map(lambda _: P(None, "n"), p.weight)),
+        )
         (call,) = custom_calls(lowered(fn, p.x, p.weight))
         assert f"-> (tensor<10x{N // 2}xf16>" in call
 
@@ -150,8 +188,9 @@ CHECKS = [export.DisabledSafetyCheck.custom_call("jax_awq.awq_gemm")]
 
 def test_export_for_both_platforms_and_reload(rng, planned):
     p = random_problem(rng, 5, K, N, group_size=32)
-    exported = export.export(jax.jit(lambda x, w: x @ w), platforms=("cpu", "cuda"),
-                             disabled_checks=CHECKS)(p.x, p.weight)
+    exported = export.export(
+        jax.jit(lambda x, w: x @ w), platforms=("cpu", "cuda"), disabled_checks=CHECKS
+    )(p.x, p.weight)
     assert len(custom_calls(exported.mlir_module())) == 1
     again = export.deserialize(exported.serialize(vjp_order=1))
     np.testing.assert_array_equal(again.call(p.x, p.weight), p.run())
@@ -169,7 +208,8 @@ def test_export_with_a_symbolic_batch(rng, planned, spec, over):
     fn = awq_gemm if over == "rows" else jax.vmap(awq_gemm, (0, None))
     x = jax.ShapeDtypeStruct(export.symbolic_shape(f"{spec}, {K}"), jnp.float16)
     exported = export.export(jax.jit(fn), platforms=("cpu", "cuda"), disabled_checks=CHECKS)(
-        x, weight)
+        x, weight
+    )
     assert planned[-1]["m"] == 0 or over == "vmap"
     concrete = rng.standard_normal((4, *x.shape[1:])).astype(np.float16)
     got = export.deserialize(exported.serialize()).call(concrete, weight)
@@ -179,13 +219,22 @@ def test_export_with_a_symbolic_batch(rng, planned, spec, over):
 
 # --- plan
 
+
 def test_plan_of_a_fused_kernel(rng, planned):
     p = random_problem(rng, (2, 10), K, N, group_size=32)
     shapes = jax.eval_shape(lambda *a: a, p.x, p.weight)
     assert plan("awq_gemm", *shapes, activation="silu", device="sm_90") == KernelPlan(
-        op="awq_gemm", route="fused", kernel="mma_32", tile=(32, 128), split_k=2,
-        workspace_bytes=WORKSPACE, accumulator="float32", deterministic=True,
-        refused={"decode": "more than 16 rows of x"}, reason="")
+        op="awq_gemm",
+        route="fused",
+        kernel="mma_32",
+        tile=(32, 128),
+        split_k=2,
+        workspace_bytes=WORKSPACE,
+        accumulator="float32",
+        deterministic=True,
+        refused={"decode": "more than 16 rows of x"},
+        reason="",
+    )
     plan("awq_gemm", *shapes, bias=jnp.zeros(N), device="sm_80")
     assert (planned[-1]["m"], planned[-1]["arch"]) == (20, 80)
     assert plan("awq_dequantize", shapes[1], device="sm_90a").route == "fused"
@@ -195,9 +244,11 @@ def test_plan_says_why_the_reference_runs(rng, planned, monkeypatch):
     p = random_problem(rng, 5, K, N, group_size=32)
     cpu = jax.devices("cpu")[0]
     assert plan("awq_gemm", p.x, p.weight, device=cpu).reason == (
-        "there is no kernel for platform cpu")
+        "there is no kernel for platform cpu"
+    )
     assert plan("awq_gemm", p.x[:0], p.weight, device="sm_90").reason == (
-        "an operand or the result is empty")
+        "an operand or the result is empty"
+    )
     wide = random_weight(rng, K, N, group_size=32, dtype=np.float32)
     assert plan("awq_dequantize", wide, device="sm_90").reason == "scales are float32"
     monkeypatch.setenv("JAX_AWQ_FORCE", "reference")
@@ -218,8 +269,11 @@ def test_without_the_compiled_part_the_reference_runs(rng, monkeypatch):
 def test_an_old_driver_is_told_once(monkeypatch):
     _ffi._driver_problem.cache_clear()
     monkeypatch.setattr(_ffi, "TARGETS", ("jax_awq.awq_gemm",))
-    monkeypatch.setattr(_ffi, "_ext", types.SimpleNamespace(
-        driver_problem=lambda: "driver 535 is too old for CUDA 13.0"))
+    monkeypatch.setattr(
+        _ffi,
+        "_ext",
+        types.SimpleNamespace(driver_problem=lambda: "driver 535 is too old for CUDA 13.0"),
+    )
     with pytest.warns(UserWarning, match=r"^jax_awq: driver 535 .*; the plain JAX reference runs"):
         assert _ffi.unavailable(on_device=True) == "driver 535 is too old for CUDA 13.0"
     assert _ffi.unavailable(on_device=True)  # a second warning would be an error here
@@ -235,15 +289,23 @@ def test_a_build_without_kernels_still_lowers_for_elsewhere(monkeypatch):
 
 
 def test_plan_errors(rng):
-    with pytest.raises(ValueError, match=r"^plan: op must be one of \['awq_dequantize', "
-                                         r"'awq_gemm'\], got 'awq_gem'$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^plan: op must be one of \['awq_dequantize', "
+        r"'awq_gemm'\], got 'awq_gem'$",
+    ):
         plan("awq_gem")
     with pytest.raises(ValueError, match=r"^plan: device must look like 'sm_90', got 'H200'$"):
-        plan("awq_gemm", np.ones((1, K), np.float16), random_weight(rng, K, N, group_size=32),
-             device="H200")
+        plan(
+            "awq_gemm",
+            np.ones((1, K), np.float16),
+            random_weight(rng, K, N, group_size=32),
+            device="H200",
+        )
 
 
 # --- the compiled planning code itself
+
 
 @pytest.mark.skipif(_ffi._ext is None, reason=_ffi.MISSING or "built")
 def test_the_compiled_part_plans_and_lowers(rng):

@@ -39,7 +39,7 @@ def test_only_the_low_bits_count(xp):
 
 @given(order=st.sampled_from(["awq", "natural"]), axis=st.integers(-3, 2), seed=st.integers(0, 99))
 def test_round_trip_along_any_axis(order, axis, seed):
-    words = np.random.default_rng(seed).integers(-2**31, 2**31, (2, 3, 4)).astype(np.int32)
+    words = np.random.default_rng(seed).integers(-(2**31), 2**31, (2, 3, 4)).astype(np.int32)
     codes = unpack_int4(words, order=order, axis=axis)
     assert codes.dtype == np.int8
     assert codes.shape[axis] == 8 * words.shape[axis]
@@ -51,8 +51,11 @@ def test_round_trip_along_any_axis(order, axis, seed):
 
 
 def test_errors():
-    with pytest.raises(ValueError, match=r"^pack_int4: axis -1 must be a multiple of 8 long, "
-                                         r"got shape \(2, 12\)$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^pack_int4: axis -1 must be a multiple of 8 long, "
+        r"got shape \(2, 12\)$",
+    ):
         pack_int4(np.zeros((2, 12), np.int32))
     with pytest.raises(ValueError, match=r"^order must be 'awq' or 'natural', got 'gptq'$"):
         unpack_int4(np.zeros(1, np.int32), order="gptq")
@@ -63,10 +66,13 @@ def test_convert_gives_what_autoawq_writes(prefix):
     arrays = load_file(GOLDEN)
     group_size = int(prefix.rpartition("g")[2])
     weights = {
-        layout: AWQWeight(*(arrays[f"{prefix}/{layout}/{name}"]
-                            for name in ("qweight", "scales", "qzeros")),
-                          layout=layout, group_size=group_size)
-        for layout in ("gemm", "gemv")}
+        layout: AWQWeight(
+            *(arrays[f"{prefix}/{layout}/{name}"] for name in ("qweight", "scales", "qzeros")),
+            layout=layout,
+            group_size=group_size,
+        )
+        for layout in ("gemm", "gemv")
+    }
     for source in weights.values():
         for layout, want in weights.items():
             for name in ("qweight", "scales", "qzeros"):
@@ -80,8 +86,9 @@ def test_convert_gives_what_autoawq_writes(prefix):
 @pytest.mark.parametrize("target", ["gemm", "gemv", "oc_major"])
 @pytest.mark.parametrize(("k", "group_size"), [(288, 32), (1152, 64), (384, 128), (264, -1)])
 def test_convert_keeps_the_weight(rng, source, target, k, group_size, symmetric):
-    weight = random_weight(rng, k, 24, group_size=group_size, layout=source, symmetric=symmetric,
-                           batch=(2,))
+    weight = random_weight(
+        rng, k, 24, group_size=group_size, layout=source, symmetric=symmetric, batch=(2,)
+    )
     there = convert(weight, target)
     np.testing.assert_array_equal(dequantize_float64(there), dequantize_float64(weight))
     for before, after in zip(*map(_arrays, (weight, convert(there, source))), strict=True):

@@ -43,24 +43,38 @@ def put_auto(tree, specs):
 
 
 def run_auto(problem, x_spec, weight_specs, bias_spec=None):
-    fn = jax.jit(lambda x, w, b: awq_gemm(
-        x, w, bias=b, activation=problem.activation, out_dtype=problem.out_dtype))
+    fn = jax.jit(
+        lambda x, w, b: awq_gemm(
+            x, w, bias=b, activation=problem.activation, out_dtype=problem.out_dtype
+        )
+    )
     bias = None if problem.bias is None else put_auto(problem.bias, bias_spec or P())
     operands = (put_auto(problem.x, x_spec), put_auto(problem.weight, weight_specs), bias)
     return fn(*operands), collectives(fn.lower(*operands).compile())
 
 
 @LAYOUTS
-@pytest.mark.parametrize(("x_spec", "split", "bias_spec", "result", "found"), [
-    (P(), None, P(), P(), {}),
-    (P("dp"), None, P(), P("dp"), {}),
-    (P(("dp", "tp")), None, P(), P(("dp", "tp")), {}),
-    (P("dp"), "N", P("tp"), P("dp", "tp"), {}),
-    (P("dp", "tp"), "K", P(), P("dp"), {"all-reduce": 1}),
-    (P("dp", "tp"), "K, scales whole", P(), P("dp"), {"all-reduce": 1}),
-    (P("dp"), "K", P(), P("dp"), {"all-reduce": 1}),
-], ids=["replicated", "data", "data over two axes", "column", "row", "row, scales whole",
-        "row, x whole"])
+@pytest.mark.parametrize(
+    ("x_spec", "split", "bias_spec", "result", "found"),
+    [
+        (P(), None, P(), P(), {}),
+        (P("dp"), None, P(), P("dp"), {}),
+        (P(("dp", "tp")), None, P(), P(("dp", "tp")), {}),
+        (P("dp"), "N", P("tp"), P("dp", "tp"), {}),
+        (P("dp", "tp"), "K", P(), P("dp"), {"all-reduce": 1}),
+        (P("dp", "tp"), "K, scales whole", P(), P("dp"), {"all-reduce": 1}),
+        (P("dp"), "K", P(), P("dp"), {"all-reduce": 1}),
+    ],
+    ids=[
+        "replicated",
+        "data",
+        "data over two axes",
+        "column",
+        "row",
+        "row, scales whole",
+        "row, x whole",
+    ],
+)
 def test_auto_axes(rng, layout, x_spec, split, bias_spec, result, found):
     p = random_problem(rng, M, K, N, group_size=32, layout=layout, bias=True, activation="gelu")
     y, seen = run_auto(p, x_spec, specs_of(p.weight, split), bias_spec)
@@ -137,6 +151,7 @@ def test_gradients(rng, layout, split):
 
 # --- Explicit axes
 
+
 @pytest.fixture
 def explicit():
     mesh = jax.make_mesh((DP, TP), ("dp", "tp"), axis_types=(AxisType.Explicit,) * 2)
@@ -151,12 +166,16 @@ def put_explicit(tree, specs):
 @pytest.mark.usefixtures("explicit")
 @LAYOUTS
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
-@pytest.mark.parametrize(("x_spec", "split", "bias_spec", "result"), [
-    (P(), None, P(), P(None, None)),
-    (P("dp"), "N", P("tp"), P("dp", "tp")),
-    (P("dp", "tp"), "K", P(), P("dp", None)),
-    (P("dp", "tp"), "N", P("tp"), P("dp", None)),
-], ids=["replicated", "column", "row", "clash"])
+@pytest.mark.parametrize(
+    ("x_spec", "split", "bias_spec", "result"),
+    [
+        (P(), None, P(), P(None, None)),
+        (P("dp"), "N", P("tp"), P("dp", "tp")),
+        (P("dp", "tp"), "K", P(), P("dp", None)),
+        (P("dp", "tp"), "N", P("tp"), P("dp", None)),
+    ],
+    ids=["replicated", "column", "row", "clash"],
+)
 def test_explicit_axes(rng, layout, wrap, x_spec, split, bias_spec, result):
     p = random_problem(rng, M, K, N, group_size=32, layout=layout, bias=True, activation="gelu")
     operands = put_explicit((p.x, p.weight, p.bias), (x_spec, specs_of(p.weight, split), bias_spec))
@@ -169,8 +188,11 @@ def test_explicit_axes(rng, layout, wrap, x_spec, split, bias_spec, result):
 def test_explicit_arrays_outside_their_mesh(rng):
     p = random_problem(rng, M, K, N, group_size=32)
     mesh = jax.make_mesh((DP, TP), ("dp", "tp"), axis_types=(AxisType.Explicit,) * 2)
-    x, weight = jax.tree.map(lambda a, s: jax.device_put(a, NamedSharding(mesh, s)),
-                             (p.x, p.weight), (P("dp"), specs_of(p.weight, "N")))
+    x, weight = jax.tree.map(
+        lambda a, s: jax.device_put(a, NamedSharding(mesh, s)),
+        (p.x, p.weight),
+        (P("dp"), specs_of(p.weight, "N")),
+    )
     y = x @ weight
     assert jax.typeof(y).sharding.spec == P("dp", "tp")
     assert_close_to_float64(y, p)
@@ -193,8 +215,9 @@ def test_explicit_free_dimensions_and_gradient(rng):
 @pytest.mark.usefixtures("explicit")
 def test_explicit_experts_dequantize_and_vmap(rng):
     p = random_problem(rng, M, K, N, group_size=32, batch=(4,), dtype=np.float32)
-    x, weight = put_explicit((p.x, p.weight), (P("tp", "dp"),
-                                               jax.tree.map(lambda _: P("tp"), p.weight)))
+    x, weight = put_explicit(
+        (p.x, p.weight), (P("tp", "dp"), jax.tree.map(lambda _: P("tp"), p.weight))
+    )
     y = awq_gemm(x, weight)
     assert jax.typeof(y).sharding.spec == P("tp", "dp", None)
     np.testing.assert_allclose(y, p.float64(), rtol=1e-4, atol=1e-5)
@@ -207,6 +230,11 @@ def test_explicit_experts_dequantize_and_vmap(rng):
 def test_part_of_the_mesh_manual(rng):
     weight = random_weight(rng, K, N, group_size=32)
     x = rng.standard_normal((M, K)).astype(np.float16)
-    fn = jax.shard_map(awq_gemm, mesh=auto_mesh(dp=DP, tp=TP), axis_names={"dp"},
-                       in_specs=(P("dp"), jax.tree.map(lambda _: P(), weight)), out_specs=P("dp"))
+    fn = jax.shard_map(
+        awq_gemm,
+        mesh=auto_mesh(dp=DP, tp=TP),
+        axis_names={"dp"},
+        in_specs=(P("dp"), jax.tree.map(lambda _: P(), weight)),
+        out_specs=P("dp"),
+    )
     np.testing.assert_array_equal(jax.jit(fn)(x, weight), awq_gemm(x, weight))

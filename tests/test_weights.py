@@ -39,8 +39,10 @@ def test_batch_dimensions(rng):
 
 def test_repr(rng):
     weight = random_weight(rng, 64, 16, group_size=32, symmetric=True)
-    assert repr(weight) == ("AWQWeight(qweight=int32[64,2], scales=float16[2,16], qzeros=None, "
-                            "layout='gemm', group_size=32)")
+    assert repr(weight) == (
+        "AWQWeight(qweight=int32[64,2], scales=float16[2,16], qzeros=None, "
+        "layout='gemm', group_size=32)"
+    )
 
 
 def test_is_frozen(rng):
@@ -102,36 +104,81 @@ def test_donation(rng):
     assert weight.qweight.is_deleted()
 
 
-@pytest.mark.parametrize(("change", "error", "text"), [
-    ({"qweight": np.zeros((64, 2), np.int64)}, TypeError,
-     "AWQWeight: qweight must be int32, got int64"),
-    ({"scales": np.zeros((2, 16), np.int32)}, TypeError,
-     "AWQWeight: scales must be float16 or bfloat16 or float32, got int32"),
-    ({"qzeros": np.zeros((2, 2), np.uint32)}, TypeError,
-     "AWQWeight: qzeros must be int32, got uint32"),
-    ({"scales": np.zeros((16, 2), np.float16)}, ValueError,
-     "AWQWeight: scales must have shape (2, 16), got (16, 2)"),
-    ({"scales": np.zeros((16, 2), np.float16), "group_size": None}, ValueError,
-     "AWQWeight: scales must have shape (K/group_size, 16), got (16, 2)"),
-    ({"scales": np.zeros((3, 16), np.float16), "group_size": None}, ValueError,
-     "AWQWeight: K=64 must be a multiple of the 3 rows of scales"),
-    ({"qzeros": np.zeros((2, 3), np.int32)}, ValueError,
-     "AWQWeight: qzeros must have shape (2, 2), got (2, 3)"),
-    ({"qweight": np.zeros(64, np.int32)}, ValueError,
-     "AWQWeight: qweight must have 2 or more dimensions, got shape (64,)"),
-    ({"layout": "gptq"}, ValueError,
-     "AWQWeight: layout must be one of ('gemm', 'gemv', 'oc_major'), got 'gptq'"),
-    ({"group_size": 48}, ValueError,
-     "AWQWeight: group_size must be -1 or a divisor of K=64, got 48"),
-    ({"group_size": 0}, ValueError,
-     "AWQWeight: group_size must be -1 or a divisor of K=64, got 0"),
-    ({"layout": "gemv", "group_size": None, "qweight": np.zeros((16, 8), np.int32)}, ValueError,
-     "AWQWeight: layout 'gemv' needs group_size: its padded scales do not tell it"),
-    ({"layout": "oc_major", "group_size": 4, "qweight": np.zeros((16, 8), np.int32)}, ValueError,
-     "AWQWeight: layout 'oc_major' needs a group_size that is a multiple of 8, got 4"),
-    ({"layout": "oc_major", "qweight": np.zeros((12, 8), np.int32)}, ValueError,
-     "AWQWeight: N=12 must be a multiple of 8"),
-])
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        (
+            {"qweight": np.zeros((64, 2), np.int64)},
+            TypeError,
+            "AWQWeight: qweight must be int32, got int64",
+        ),
+        (
+            {"scales": np.zeros((2, 16), np.int32)},
+            TypeError,
+            "AWQWeight: scales must be float16 or bfloat16 or float32, got int32",
+        ),
+        (
+            {"qzeros": np.zeros((2, 2), np.uint32)},
+            TypeError,
+            "AWQWeight: qzeros must be int32, got uint32",
+        ),
+        (
+            {"scales": np.zeros((16, 2), np.float16)},
+            ValueError,
+            "AWQWeight: scales must have shape (2, 16), got (16, 2)",
+        ),
+        (
+            {"scales": np.zeros((16, 2), np.float16), "group_size": None},
+            ValueError,
+            "AWQWeight: scales must have shape (K/group_size, 16), got (16, 2)",
+        ),
+        (
+            {"scales": np.zeros((3, 16), np.float16), "group_size": None},
+            ValueError,
+            "AWQWeight: K=64 must be a multiple of the 3 rows of scales",
+        ),
+        (
+            {"qzeros": np.zeros((2, 3), np.int32)},
+            ValueError,
+            "AWQWeight: qzeros must have shape (2, 2), got (2, 3)",
+        ),
+        (
+            {"qweight": np.zeros(64, np.int32)},
+            ValueError,
+            "AWQWeight: qweight must have 2 or more dimensions, got shape (64,)",
+        ),
+        (
+            {"layout": "gptq"},
+            ValueError,
+            "AWQWeight: layout must be one of ('gemm', 'gemv', 'oc_major'), got 'gptq'",
+        ),
+        (
+            {"group_size": 48},
+            ValueError,
+            "AWQWeight: group_size must be -1 or a divisor of K=64, got 48",
+        ),
+        (
+            {"group_size": 0},
+            ValueError,
+            "AWQWeight: group_size must be -1 or a divisor of K=64, got 0",
+        ),
+        (
+            {"layout": "gemv", "group_size": None, "qweight": np.zeros((16, 8), np.int32)},
+            ValueError,
+            "AWQWeight: layout 'gemv' needs group_size: its padded scales do not tell it",
+        ),
+        (
+            {"layout": "oc_major", "group_size": 4, "qweight": np.zeros((16, 8), np.int32)},
+            ValueError,
+            "AWQWeight: layout 'oc_major' needs a group_size that is a multiple of 8, got 4",
+        ),
+        (
+            {"layout": "oc_major", "qweight": np.zeros((12, 8), np.int32)},
+            ValueError,
+            "AWQWeight: N=12 must be a multiple of 8",
+        ),
+    ],
+)
 def test_errors(rng, change, error, text):
     weight = random_weight(rng, 64, 16, group_size=32)
     with pytest.raises(error) as caught:
@@ -145,5 +192,3 @@ def test_convert_errors(rng):
         convert(weight, "gptq")
     with pytest.raises(ValueError, match=r"must be a multiple of 8"):
         convert(weight, "oc_major")
-
-

@@ -29,10 +29,16 @@ def unpack_weight(op: str, qweight, scales, qzeros, layout, group_size):
             raise ValueError(f"{op}: scales are needed unless qweight is an AWQWeight")
         return (qweight, scales, qzeros), layout, group_size
     weight = qweight
-    given = [name for name, is_given in (
-        ("scales", scales is not None), ("qzeros", qzeros is not None),
-        ("layout", layout not in ("gemm", weight.layout)),
-        ("group_size", group_size is not None)) if is_given]
+    given = [
+        name
+        for name, is_given in (
+            ("scales", scales is not None),
+            ("qzeros", qzeros is not None),
+            ("layout", layout not in ("gemm", weight.layout)),
+            ("group_size", group_size is not None),
+        )
+        if is_given
+    ]
     if given:
         raise ValueError(f"{op}: an AWQWeight brings its own {', '.join(given)}")
     return (weight.qweight, weight.scales, weight.qzeros), weight.layout, weight.group_size
@@ -48,17 +54,21 @@ def canonical_weight(op: str, qweight, scales, qzeros, *, layout, group_size):
     arrays = {"qweight": qweight, "scales": scales, "qzeros": qzeros}
     for name, array in arrays.items():
         if array is not None and array.ndim > 3:
-            raise ValueError(f"{op}: {name} must have 2 dimensions, or 3 with a leading batch, "
-                             f"got shape {array.shape}")
+            raise ValueError(
+                f"{op}: {name} must have 2 dimensions, or 3 with a leading batch, "
+                f"got shape {array.shape}"
+            )
     check_batch(op, {name: a.shape[:-2] for name, a in arrays.items() if a is not None})
     k, _ = weight_size(qweight.shape, layout)
     groups = 1 if group_size == -1 else k // group_size
     scales, qzeros = canonical_groups(scales, qzeros, layout=layout, groups=groups)
     operands = (qweight, scales) if qzeros is None else (qweight, scales, qzeros)
     # One group stays -1: its size follows K where K is split over devices.
-    return operands, {"layout": "gemm" if layout == "gemm" else "oc_major",
-                      "group_size": -1 if groups == 1 else group_size,
-                      "symmetric": qzeros is None}
+    return operands, {
+        "layout": "gemm" if layout == "gemm" else "oc_major",
+        "group_size": -1 if groups == 1 else group_size,
+        "symmetric": qzeros is None,
+    }
 
 
 def check_batch(op: str, leading: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
@@ -84,8 +94,13 @@ def factors(layout: str, group_size: int) -> tuple[dict[str, str], dict[str, int
         rows, words, whole, groups = "(g w q)", "(g w)", {"w": group_size // PACK_FACTOR}, "g"
     if layout != "gemm":
         whole["q"] = PACK_FACTOR
-    dims = {"K": rows, "N": "(n p)", "scales": f"{groups} (n p)", "qzeros": f"{groups} n",
-            "qweight": f"{rows} n" if layout == "gemm" else f"(n p) {words}"}
+    dims = {
+        "K": rows,
+        "N": "(n p)",
+        "scales": f"{groups} (n p)",
+        "qzeros": f"{groups} n",
+        "qweight": f"{rows} n" if layout == "gemm" else f"(n p) {words}",
+    }
     return dims, {**whole, "p": PACK_FACTOR}
 
 
@@ -95,8 +110,11 @@ def code_minus_zero(qweight, qzeros, *, layout, dtype=jnp.float32) -> Array:
     `qzeros` has one row for each group; None is one group of zeros 8.
     """
     codes = decode_codes(qweight, layout)
-    zeros = (jnp.full((1, codes.shape[-1]), SYMMETRIC_ZERO, jnp.int8) if qzeros is None
-             else unpack_int4(qzeros))
+    zeros = (
+        jnp.full((1, codes.shape[-1]), SYMMETRIC_ZERO, jnp.int8)
+        if qzeros is None
+        else unpack_int4(qzeros)
+    )
     return grouped(codes, zeros.shape[-2]).astype(dtype) - zeros[..., None, :].astype(dtype)
 
 
@@ -111,8 +129,7 @@ def dequantize(qweight, scales, qzeros, *, layout, dtype) -> Array:
     codes = codes.reshape(*codes.shape[:-3], groups, -1, codes.shape[-1])
     # q - z has 5 bits, so its float32 product with a 16-bit scale is exact: one rounding follows.
     weight = (codes * scales[..., None, :].astype(jnp.float32)).astype(dtype)
-    return weight.reshape(*weight.shape[:-3], weight.shape[-3] * weight.shape[-2],
-                          weight.shape[-1])
+    return weight.reshape(*weight.shape[:-3], weight.shape[-3] * weight.shape[-2], weight.shape[-1])
 
 
 def sum_over_groups(products: Array, qweight, scales, qzeros, *, layout) -> Array:

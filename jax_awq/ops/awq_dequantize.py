@@ -16,9 +16,15 @@ from jax_awq._primitive import OpDef, Sharding, apply_explicit, bind_varying, de
 from jax_awq.ops import _weight
 
 
-def awq_dequantize(qweight: Any, scales: Any = None, qzeros: Any = None, *,
-                   layout: str = "gemm", group_size: int | None = None,
-                   dtype: Any = None) -> Array:
+def awq_dequantize(
+    qweight: Any,
+    scales: Any = None,
+    qzeros: Any = None,
+    *,
+    layout: str = "gemm",
+    group_size: int | None = None,
+    dtype: Any = None,
+) -> Array:
     """Computes ``(q - z) * s``, rounded once.
 
     Args:
@@ -44,21 +50,30 @@ def awq_dequantize(qweight: Any, scales: Any = None, qzeros: Any = None, *,
     Source: AutoAWQ 0.2.9, awq/utils/packing_utils.py, dequantize_gemm.
     """
     arrays, layout, group_size = _weight.unpack_weight(
-        "awq_dequantize", qweight, scales, qzeros, layout, group_size)
-    return _awq_dequantize(*arrays, layout=layout, group_size=group_size, dtype=dtype,
-                           variant=_weight.forced_variant())
+        "awq_dequantize", qweight, scales, qzeros, layout, group_size
+    )
+    return _awq_dequantize(
+        *arrays, layout=layout, group_size=group_size, dtype=dtype, variant=_weight.forced_variant()
+    )
 
 
-@functools.partial(jax.jit, inline=True,
-                   static_argnames=("layout", "group_size", "dtype", "variant"))
+@functools.partial(
+    jax.jit, inline=True, static_argnames=("layout", "group_size", "dtype", "variant")
+)
 def _awq_dequantize(qweight, scales, qzeros, *, layout, group_size, dtype, variant):
     operands, params = _weight.canonical_weight(
-        "awq_dequantize", qweight, scales, qzeros, layout=layout, group_size=group_size)
+        "awq_dequantize", qweight, scales, qzeros, layout=layout, group_size=group_size
+    )
     dtype = jnp.dtype(scales.dtype if dtype is None else dtype)
     check_dtype("awq_dequantize", "the result", jax.ShapeDtypeStruct((), dtype), *FLOATS)
     (weight,) = apply_explicit(
-        "awq_dequantize", functools.partial(bind_varying, awq_dequantize_p), *operands,
-        dtype=dtype, variant="reference" if variant == "reference" else "", **params)
+        "awq_dequantize",
+        functools.partial(bind_varying, awq_dequantize_p),
+        *operands,
+        dtype=dtype,
+        variant="reference" if variant == "reference" else "",
+        **params,
+    )
     return weight
 
 
@@ -86,19 +101,42 @@ def _plan(device, qweight, scales, *rest, layout, group_size, symmetric, dtype, 
         reason = "the weight is empty"
     if reason:
         return reference_plan("awq_dequantize", reason)
-    return KernelPlan(op="awq_dequantize", route="fused", kernel="awq_dequantize", tile=(),
-                      split_k=1, workspace_bytes=0, accumulator="float32", deterministic=True,
-                      refused={}, reason="")
+    return KernelPlan(
+        op="awq_dequantize",
+        route="fused",
+        kernel="awq_dequantize",
+        tile=(),
+        split_k=1,
+        workspace_bytes=0,
+        accumulator="float32",
+        deterministic=True,
+        refused={},
+        reason="",
+    )
 
 
 def _kernel(plan, *operands, layout, group_size, symmetric, dtype, variant):
     qweight, scales, qzeros = _operands(operands, symmetric)
     k, _ = weight_size(qweight.shape, layout)
-    (result,) = _out_avals(*operands, layout=layout, group_size=group_size, symmetric=symmetric,
-                           dtype=dtype, variant=variant)
-    return (_ffi.call("awq_dequantize", result, qweight, scales,
-                      jnp.zeros((0,), jnp.int32) if qzeros is None else qzeros,
-                      group_size=k if group_size == -1 else group_size, layout=layout),)
+    (result,) = _out_avals(
+        *operands,
+        layout=layout,
+        group_size=group_size,
+        symmetric=symmetric,
+        dtype=dtype,
+        variant=variant,
+    )
+    return (
+        _ffi.call(
+            "awq_dequantize",
+            result,
+            qweight,
+            scales,
+            jnp.zeros((0,), jnp.int32) if qzeros is None else qzeros,
+            group_size=k if group_size == -1 else group_size,
+            layout=layout,
+        ),
+    )
 
 
 def _batching(bind, operands, dims, **params):
@@ -113,15 +151,17 @@ def _jvp(bind, primals, tangents, **params):
 
 def _transpose(bind, cotangents, operands, index, *, layout, symmetric, **params):
     qweight, scales, qzeros = _operands(operands, symmetric)
-    return _weight.sum_over_groups(cotangents[0].astype(jnp.float32), qweight, scales, qzeros,
-                           layout=layout)
+    return _weight.sum_over_groups(
+        cotangents[0].astype(jnp.float32), qweight, scales, qzeros, layout=layout
+    )
 
 
 def _sharding(*operands, layout, group_size, symmetric, **params):
     dims, whole = _weight.factors(layout, group_size)
     names = ("qweight", "scales") if symmetric else ("qweight", "scales", "qzeros")
-    terms = [("b " if o.ndim == 3 else "") + dims[name]
-             for name, o in zip(names, operands, strict=True)]
+    terms = [
+        ("b " if o.ndim == 3 else "") + dims[name] for name, o in zip(names, operands, strict=True)
+    ]
     batch = "b " if any(o.ndim == 3 for o in operands) else ""
     return Sharding(f"{', '.join(terms)} -> {batch}{dims['K']} {dims['N']}", whole, ())
 
@@ -130,6 +170,17 @@ def _partial(*operands, **params):
     return operands, params, lambda weight: (weight,)
 
 
-awq_dequantize_p = define_primitive(OpDef(
-    name="awq_dequantize", out_avals=_out_avals, reference=_reference, plan=_plan, kernel=_kernel,
-    batching=_batching, jvp=_jvp, transpose=_transpose, sharding=_sharding, partial=_partial))
+awq_dequantize_p = define_primitive(
+    OpDef(
+        name="awq_dequantize",
+        out_avals=_out_avals,
+        reference=_reference,
+        plan=_plan,
+        kernel=_kernel,
+        batching=_batching,
+        jvp=_jvp,
+        transpose=_transpose,
+        sharding=_sharding,
+        partial=_partial,
+    )
+)

@@ -96,12 +96,13 @@ struct Dequant<__nv_bfloat16> {
   };
 
   __device__ static Scale MakeScale(uint32_t pair, bool is_bf16) {
-    if (is_bf16) return {pair, 0u};
     const float2 f = __half22float2(reinterpret_cast<const __half2&>(pair));
     const __nv_bfloat162 high = __float22bfloat162_rn(f);
     const float2 h = __bfloat1622float2(high);
     const __nv_bfloat162 low = __float22bfloat162_rn(make_float2(f.x - h.x, f.y - h.y));
-    return {reinterpret_cast<const uint32_t&>(high), reinterpret_cast<const uint32_t&>(low)};
+    // Selected, not branched to: a branch amid wgmmas would serialize them.
+    return {is_bf16 ? pair : reinterpret_cast<const uint32_t&>(high),
+            is_bf16 ? 0u : reinterpret_cast<const uint32_t&>(low)};
   }
 
   // Bit 7 of bfloat16 belongs to the exponent, so high nibbles are shifted down first.

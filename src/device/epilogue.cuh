@@ -68,9 +68,9 @@ struct Share {
 };
 
 struct EpilogueParams {
-  void* y;            // this batch entry's (M, outputs)
-  const void* bias;   // this batch entry's (outputs), or nullptr
-  float* partials;    // (splits, batch, M, outputs); nullptr unless splits meet in the workspace
+  void* y;           // this batch entry's (M, outputs)
+  const void* bias;  // this batch entry's (outputs), or nullptr
+  float* partials;   // (splits, batch, M, outputs); nullptr unless splits meet in the workspace
   int64_t m;
   int64_t outputs;
   DType out_dtype;
@@ -122,16 +122,34 @@ __device__ __forceinline__ void Add(float4& sum, float4 v) {
   sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
 }
 
+// A float32 tile (kTokens, kOutputs) of results in shared memory. Groups of four outputs are
+// swizzled by token, because the lanes of an mma hold neighbouring tokens of one output, which
+// would all fall into one bank. kLaneFours is the distance of two lanes along the outputs, in
+// groups.
+template <int kTokens_, int kOutputs_, int kLaneFours>
+struct ResultTile {
+  static constexpr int kTokens = kTokens_;
+  static constexpr int kOutputs = kOutputs_;
+  static constexpr int kBytes = kTokens * kOutputs * 4;
+  static_assert(kLaneFours == 2 || kLaneFours == 4);
+
+  // The group of four that holds `output`.
+  __device__ static float4* Four(float* tile, int token, int output) {
+    const int t = token / 2 % 4;
+    const int swizzle = kLaneFours == 4 ? t : (t & 1) | (t & 2) << 1;
+    return reinterpret_cast<float4*>(tile) + token * (kOutputs / 4) + (output / 4 ^ swizzle);
+  }
+};
+
 // Sums a tile of float32 partial results over the cluster (`splits` CTAs, in rank order, so that
 // the bits never depend on timing) and finishes it; or writes it to the workspace for FinishSplits.
-// `tile` is (kTokens, kOutputs) in shared memory with row stride kStride, complete and synchronized
-// within the CTA.
-template <int kTokens, int kOutputs, int kStride, int kThreads>
-__device__ __forceinline__ void ReduceAndStore(const EpilogueParams& p, const float* tile,
-                                               int64_t token0, int64_t output0, int split,
-                                               int splits, int64_t partial_stride) {
-  constexpr int kFours = kOutputs / 4;  // of a token
-  const int tokens = static_cast<int>(min(p.m - token0, static_cast<int64_t>(kTokens)));
+// `tile` is complete and synchronized within the CTA.
+template <typename Result, int kThreads>
+__device__ __forceinline__ void ReduceAndStore(const EpilogueParams& p, float* tile, int64_t token0,
+                                               int64_t output0, int split, int splits,
+                                               int64_t partial_stride) {
+  constexpr int kFours = Result::kOutputs / 4;  // of a token
+  const int tokens = static_cast<int>(min(p.m - token0, static_cast<int64_t>(Result::kTokens)));
   int first = 0;
   int last = tokens * kFours;
 #if __CUDA_ARCH__ >= 900
@@ -149,7 +167,7 @@ __device__ __forceinline__ void ReduceAndStore(const EpilogueParams& p, const fl
     const int64_t token = token0 + row;
     const int64_t output = output0 + column;
     if (output >= p.outputs) continue;
-    const float* from = tile + row * kStride + column;
+    const float4* from = Result::Four(tile, row, column);
 #if __CUDA_ARCH__ >= 900
     if (cluster) {
       const uint32_t local = SharedAddress(from);
@@ -167,7 +185,7 @@ __device__ __forceinline__ void ReduceAndStore(const EpilogueParams& p, const fl
       continue;
     }
 #endif
-    const float4 v = *reinterpret_cast<const float4*>(from);
+    const float4 v = *from;
     if (p.partials) {
       float* to = p.partials + split * partial_stride + token * p.outputs + output;
       const float values[4] = {v.x, v.y, v.z, v.w};

@@ -29,8 +29,7 @@ struct Stage {
   __device__ static void FillZeros(char* shared, int stages) {
     constexpr int kWords = Frag::Groups::kZeroBytes / 4;
     for (int i = threadIdx.x; i < stages * kWords; i += blockDim.x) {
-      reinterpret_cast<uint32_t*>(shared + i / kWords * kBytes + kZeroAt)[i % kWords] =
-          0x88888888u;
+      reinterpret_cast<uint32_t*>(shared + i / kWords * kBytes + kZeroAt)[i % kWords] = 0x88888888u;
     }
   }
 };
@@ -86,7 +85,8 @@ class StageLoader {
     const int chunk = threadIdx.x % 8;
     const bool in_depth = depth_ + 8 * chunk < contraction_;
 #pragma unroll
-    for (int i = 0; i < kTokens / kXRows; ++i) {
+    for (int i = 0; i < (kTokens + kXRows - 1) / kXRows; ++i) {
+      if (kTokens < kXRows && row >= kTokens) break;
       const bool valid = in_depth && i * kXRows < x_rows_;
       // Chunks are swizzled by row so that ldmatrix finds its eight rows in different banks.
       CopyAsync16(to + (row + i * kXRows) * 128 + ((chunk ^ (row & 7)) << 4),

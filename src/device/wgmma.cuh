@@ -44,13 +44,11 @@ __device__ __forceinline__ uint64_t SwizzledRows(uint32_t shared_address) {
 #define JAX_AWQ_F4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define JAX_AWQ_F16(d, i) \
   JAX_AWQ_F4(d, i), JAX_AWQ_F4(d, i + 4), JAX_AWQ_F4(d, i + 8), JAX_AWQ_F4(d, i + 12)
-#define JAX_AWQ_F64(d) \
-  JAX_AWQ_F16(d, 0), JAX_AWQ_F16(d, 16), JAX_AWQ_F16(d, 32), JAX_AWQ_F16(d, 48)
+#define JAX_AWQ_F64(d) JAX_AWQ_F16(d, 0), JAX_AWQ_F16(d, 16), JAX_AWQ_F16(d, 32), JAX_AWQ_F16(d, 48)
 
 // d (64 outputs x kTokens) += a (64 x 16, registers) * b (16 x kTokens, shared memory).
 template <typename T, int kTokens>
-__device__ __forceinline__ void Wgmma(float (&d)[kTokens / 2], const uint32_t (&a)[4],
-                                      uint64_t b);
+__device__ __forceinline__ void Wgmma(float (&d)[kTokens / 2], const uint32_t (&a)[4], uint64_t b);
 
 template <>
 __device__ __forceinline__ void Wgmma<__half, 16>(float (&d)[8], const uint32_t (&a)[4],

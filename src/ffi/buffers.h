@@ -54,8 +54,8 @@ class OperandChecker {
                              std::vector<int64_t>* dims, bool* batched) {
     const auto all = buffer.dimensions();
     if (all.size() != rank && all.size() != rank + 1) {
-      return InvalidArgument(op_, ": ", name, " must have rank ", rank, " or ", rank + 1,
-                             ", got ", all.size());
+      return InvalidArgument(op_, ": ", name, " must have rank ", rank, " or ", rank + 1, ", got ",
+                             all.size());
     }
     *batched = all.size() == rank + 1;
     dims->assign(all.begin() + *batched, all.end());
@@ -117,8 +117,7 @@ class OperandChecker {
                      : group_size == 64 ? 6
                                         : 7;
     const int64_t groups = group_size == w->k ? 1 : w->k / group_size;
-    JAX_AWQ_RETURN_IF_ERROR(
-        Shape("qweight", qweight, {dims[0], dims[1]}, &w->qweight_stride));
+    JAX_AWQ_RETURN_IF_ERROR(Shape("qweight", qweight, {dims[0], dims[1]}, &w->qweight_stride));
     JAX_AWQ_RETURN_IF_ERROR(Shape("scales", scales, {groups, w->n}, &w->scales_stride));
     JAX_AWQ_RETURN_IF_ERROR(Float("scales", scales, &w->scales_dtype));
     w->qweight = qweight.untyped_data();

@@ -50,18 +50,16 @@ __global__ void __launch_bounds__(kThreads)
   }
 
   const int64_t group = row0 >> q.group_shift;
-  const uint32_t zero =
-      q.qzeros ? __ldg(static_cast<const uint32_t*>(q.qzeros) + b * q.qzeros_stride +
-                       group * columns + column)
-               : 0x88888888u;
+  const uint32_t zero = q.qzeros ? __ldg(static_cast<const uint32_t*>(q.qzeros) +
+                                         b * q.qzeros_stride + group * columns + column)
+                                 : 0x88888888u;
   float scale[8];
 #pragma unroll
   for (int c = 0; c < 8; ++c) {
-    scale[c] = LoadAsFloat(q.scales, b * q.scales_stride + group * q.n + 8 * column + c,
-                           q.scales_dtype);
+    scale[c] =
+        LoadAsFloat(q.scales, b * q.scales_stride + group * q.n + 8 * column + c, q.scales_dtype);
   }
-  char* to = static_cast<char*>(p.w) +
-             ((b * q.k + row0) * q.n + 8 * column) * SizeOf(p.out_dtype);
+  char* to = static_cast<char*>(p.w) + ((b * q.k + row0) * q.n + 8 * column) * SizeOf(p.out_dtype);
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     if (r >= rows) return;

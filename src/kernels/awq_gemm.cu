@@ -33,9 +33,8 @@ const char* LaunchAwqGemm(const AwqGemmProblem& p, const AwqGemmPlan& plan,
   if (plan.variant == "simt") {
     error = LaunchAwqGemmSimt(p, plan, buffers, stream);
   } else if (plan.tile_outputs == 256) {
-    error = p.x_dtype == DType::kF16
-                ? LaunchAwqGemmWgmma<__half>(p, plan, buffers, stream)
-                : LaunchAwqGemmWgmma<__nv_bfloat16>(p, plan, buffers, stream);
+    error = p.x_dtype == DType::kF16 ? LaunchAwqGemmWgmma<__half>(p, plan, buffers, stream)
+                                     : LaunchAwqGemmWgmma<__nv_bfloat16>(p, plan, buffers, stream);
   } else if (plan.tile_tokens <= 16) {
     error = LaunchAwqGemmDecode(p, plan, buffers, stream);
   } else {

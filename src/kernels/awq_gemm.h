@@ -10,8 +10,8 @@
 namespace jax_awq {
 
 struct AwqGemmProblem {
-  int64_t m = 0;           // rows of x; 0 while planning: not known yet
-  int64_t n = 0;           // the weight is (K, N), whether or not the product is transposed
+  int64_t m = 0;  // rows of x; 0 while planning: not known yet
+  int64_t n = 0;  // the weight is (K, N), whether or not the product is transposed
   int64_t k = 0;
   int64_t batch = 1;       // weights or inputs stacked in front
   int64_t group_size = 0;  // rows of K that share one scale and zero point; K for a single group

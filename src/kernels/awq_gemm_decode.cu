@@ -20,7 +20,6 @@ constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kOutputs = 128;
 constexpr int kUnit = 32;  // rows of K that a warp takes at a time: never across a group border
-constexpr int kStride = kOutputs + 4;
 
 // Codes as exact mma operands, at two instructions per four of them and no constants per output.
 template <typename T>
@@ -74,7 +73,8 @@ __global__ void __launch_bounds__(kThreads, kTokenTiles == 1 ? 3 : 2)
 #if __CUDA_ARCH__ >= 800
   using Codes = RawCodes<T>;
   constexpr int kTokens = 8 * kTokenTiles;
-  __shared__ __align__(16) float tiles[kWarps][kTokens][kStride];
+  using Result = ResultTile<kTokens, kOutputs, 4>;
+  __shared__ __align__(16) float tiles[kWarps][kTokens * kOutputs];
 
   const int warp = threadIdx.x / 32;
   const int g = threadIdx.x % 32 / 4;
@@ -105,8 +105,8 @@ __global__ void __launch_bounds__(kThreads, kTokenTiles == 1 ? 3 : 2)
     if (u >= last) return;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      unit.words[i] = in_range ? LoadStreaming(words + (int64_t{u} * kUnit + i) * row_words)
-                               : make_uint2(0, 0);
+      unit.words[i] =
+          in_range ? LoadStreaming(words + (int64_t{u} * kUnit + i) * row_words) : make_uint2(0, 0);
     }
 #pragma unroll
     for (int m = 0; m < kTokenTiles; ++m) {
@@ -189,8 +189,7 @@ __global__ void __launch_bounds__(kThreads, kTokenTiles == 1 ? 3 : 2)
         for (int j = 0; j < 4; ++j) {
           const uint32_t p0 = BytePair(row[0], row[1], j);
           const uint32_t p1 = BytePair(row[2], row[3], j);
-          const uint32_t a[4] = {Codes::Low(p0), Codes::High(p0), Codes::Low(p1),
-                                 Codes::High(p1)};
+          const uint32_t a[4] = {Codes::Low(p0), Codes::High(p0), Codes::Low(p1), Codes::High(p1)};
 #pragma unroll
           for (int m = 0; m < kTokenTiles; ++m) {
             Mma16x8x16<T>(group[m][w][j], a, x_pair[m][0], x_pair[m][1]);
@@ -225,32 +224,35 @@ __global__ void __launch_bounds__(kThreads, kTokenTiles == 1 ? 3 : 2)
 #pragma unroll
   for (int m = 0; m < kTokenTiles; ++m) {
 #pragma unroll
-    for (int w = 0; w < 2; ++w) {
+    for (int i = 0; i < 2; ++i) {
 #pragma unroll
-      for (int i = 0; i < 16; ++i) {
-        const int token = 8 * m + 2 * t + i % 2;
-        tiles[warp][token][16 * g + 8 * w + AwqColumn(i / 2)] = total[m][w][i / 4][i % 4];
+      for (int c = 0; c < 16; c += 4) {
+        auto value = [&](int column) {
+          const int nibble = AwqNibble(column % 8);
+          return total[m][column / 8][nibble / 2][2 * (nibble % 2) + i];
+        };
+        *Result::Four(tiles[warp], 8 * m + 2 * t + i, 16 * g + c) =
+            make_float4(value(c), value(c + 1), value(c + 2), value(c + 3));
       }
     }
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < kTokens * kOutputs; i += kThreads) {
-    float* to = &tiles[0][i / kOutputs][i % kOutputs];
-    float v = *to;
+  for (int i = threadIdx.x; i < kTokens * kOutputs / 4; i += kThreads) {
+    float4 sum = reinterpret_cast<float4*>(tiles[0])[i];
 #pragma unroll
-    for (int w = 1; w < kWarps; ++w) v += tiles[w][i / kOutputs][i % kOutputs];
-    *to = v;
+    for (int w = 1; w < kWarps; ++w) Add(sum, reinterpret_cast<float4*>(tiles[w])[i]);
+    reinterpret_cast<float4*>(tiles[0])[i] = sum;
   }
   __syncthreads();
-  ReduceAndStore<kTokens, kOutputs, kStride, kThreads>(
-      MakeEpilogue(p), &tiles[0][0][0], 0, output0, split, p.splits, p.batch * p.size());
+  ReduceAndStore<Result, kThreads>(MakeEpilogue(p), tiles[0], 0, output0, split, p.splits,
+                                   p.batch * p.size());
 #endif
 }
 
 template <typename T>
 cudaError_t Launch(const AwqGemmPlan& plan, const AwqGemmParams& params, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>((params.outputs + kOutputs - 1) / kOutputs * params.splits), 1,
-                  static_cast<unsigned>(params.batch));
+  const dim3 grid(static_cast<unsigned>((params.outputs + kOutputs - 1) / kOutputs * params.splits),
+                  1, static_cast<unsigned>(params.batch));
   return plan.tile_tokens == 8
              ? LaunchSplit(AwqGemmDecodeKernel<T, 1>, params, grid, kThreads, 0, stream)
              : LaunchSplit(AwqGemmDecodeKernel<T, 2>, params, grid, kThreads, 0, stream);

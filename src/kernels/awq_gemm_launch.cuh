@@ -38,8 +38,16 @@ struct AwqGemmParams {
 
 inline AwqGemmParams MakeParams(const AwqGemmProblem& p, const AwqGemmPlan& plan,
                                 const AwqGemmBuffers& buffers) {
-  return {buffers,     p.m,         p.outputs(),  p.contraction(), p.batch,
-          p.out_dtype, p.scales_dtype == DType::kBF16, p.transpose, plan.split_k, plan.cluster};
+  return {buffers,
+          p.m,
+          p.outputs(),
+          p.contraction(),
+          p.batch,
+          p.out_dtype,
+          p.scales_dtype == DType::kBF16,
+          p.transpose,
+          plan.split_k,
+          plan.cluster};
 }
 
 // This CTA's weight of the batch.
@@ -61,9 +69,8 @@ __device__ __forceinline__ EpilogueParams MakeEpilogue(const AwqGemmParams& p) {
   e.bias = buf.bias
                ? static_cast<const char*>(buf.bias) + b * buf.bias_stride * SizeOf(buf.bias_dtype)
                : nullptr;
-  e.partials = p.splits > 1 && !p.cluster
-                   ? static_cast<float*>(buf.workspace) + b * p.size()
-                   : nullptr;
+  e.partials =
+      p.splits > 1 && !p.cluster ? static_cast<float*>(buf.workspace) + b * p.size() : nullptr;
   e.m = p.m;
   e.outputs = p.outputs;
   e.out_dtype = p.out_dtype;

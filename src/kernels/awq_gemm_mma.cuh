@@ -28,10 +28,9 @@ struct MmaTile {
   static constexpr int kWarpTokens = kTokens / kTokenWarps;
   static constexpr int kWarpSteps = kDepth / 16 / kDepthWarps;
 
-  // The output tile takes the place of the pipeline when that has drained.
-  static constexpr int kTileStride = kOutputs + 4;
-  static constexpr int kSharedBytes =
-      std::max(kStages * Stage::kBytes, kTokens * kTileStride * 4);
+  // The result takes the place of the pipeline when that has drained.
+  using Result = ResultTile<kTokens, kOutputs, 2>;
+  static constexpr int kSharedBytes = std::max(kStages * Stage::kBytes, Result::kBytes);
   using Loader = StageLoader<T, kLayout, kTranspose, kTokens, kOutputs, kThreads>;
 };
 
@@ -103,7 +102,7 @@ __global__ void __launch_bounds__(128, kTokens > 32 ? 2 : 3)
         }
       }
       uint32_t a[4][4];
-      fragments.Load(view, step, a);
+      fragments.Dequantize(view, step, fragments.Fetch(view, step), a);
 #pragma unroll
       for (int n = 0; n < Tile::kWarpTokens / 16; ++n) {
         uint32_t b[4];
@@ -128,21 +127,18 @@ __global__ void __launch_bounds__(128, kTokens > 32 ? 2 : 3)
 #pragma unroll
       for (int n = 0; n < Tile::kWarpTokens / 8; ++n) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            float* to = tile + (warp_token + 8 * n + 2 * t + i % 2) * Tile::kTileStride +
-                        view.warp_output + fragments.OutputOf(j, i / 2);
-            *to = turn == 0 ? acc[n][j][i] : *to + acc[n][j][i];
-          }
+        for (int i = 0; i < 2; ++i) {
+          fragments.template Store<typename Tile::Result>(
+              tile, warp_token + 8 * n + 2 * t + i, view.warp_output, turn > 0,
+              [&](int j, int h) { return acc[n][j][2 * h + i]; });
         }
       }
     }
     __syncthreads();
   }
 
-  ReduceAndStore<kTokens, Tile::kOutputs, Tile::kTileStride, Tile::kThreads>(
-      MakeEpilogue(p), tile, token0, output0, split, p.splits, p.batch * p.size());
+  ReduceAndStore<typename Tile::Result, Tile::kThreads>(MakeEpilogue(p), tile, token0, output0,
+                                                        split, p.splits, p.batch * p.size());
 #endif
 }
 

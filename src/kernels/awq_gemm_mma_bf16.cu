@@ -3,5 +3,5 @@
 
 namespace jax_awq {
 template cudaError_t LaunchAwqGemmMma<__nv_bfloat16>(const AwqGemmProblem&, const AwqGemmPlan&,
-                                          const AwqGemmBuffers&, cudaStream_t);
+                                                     const AwqGemmBuffers&, cudaStream_t);
 }  // namespace jax_awq

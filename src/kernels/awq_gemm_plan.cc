@@ -19,23 +19,27 @@ int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Variant {
   const char* name;
-  int tokens;        // of one tile; 0: no tile
+  int tokens;  // of one tile; 0: no tile
   int outputs;
-  int depth;         // a split of K is a multiple of this
-  int ctas_per_sm;   // resident at once
-  bool splits;       // can divide the contraction among CTAs
+  int depth;        // a split of K is a multiple of this
+  int ctas_per_sm;  // resident at once
+  bool splits;      // can divide the contraction among CTAs
   const char* (*unsupported)(const AwqGemmProblem&, const Device&);
 };
 
-const char* AnyKernelUnsupported(const AwqGemmProblem& p) {
+const char* AnyKernelUnsupported(const AwqGemmProblem& p, const Device& device) {
+  if (device.arch == 0) return "this build has no code for the GPU's architecture";
   if (p.x_dtype == DType::kF32) return "x is float32";
   if (p.scales_dtype == DType::kF32) return "scales are float32";
   if (p.batch > kMaxGridZ) return "more than 65535 batch entries";
+  if (p.group_size != p.k && p.group_size != 32 && p.group_size != 64 && p.group_size != 128) {
+    return "group_size is not 32, 64, 128 or K";
+  }
   return nullptr;
 }
 
 const char* TensorCoreUnsupported(const AwqGemmProblem& p, const Device& device) {
-  if (const char* why = AnyKernelUnsupported(p)) return why;
+  if (const char* why = AnyKernelUnsupported(p, device)) return why;
   if (device.arch < 80) return "needs compute capability 8.0";
   if (p.contraction() % 8) return "rows of x are not 16-byte aligned";
   // Rounding a bfloat16 scale to float16 first would round subnormal products twice.
@@ -68,12 +72,12 @@ const char* WgmmaUnsupported(const AwqGemmProblem& p, const Device& device) {
   return nullptr;
 }
 
-const char* SimtUnsupported(const AwqGemmProblem& p, const Device&) {
-  return AnyKernelUnsupported(p);
+const char* SimtUnsupported(const AwqGemmProblem& p, const Device& device) {
+  return AnyKernelUnsupported(p, device);
 }
 
-const char* DequantizeDotUnsupported(const AwqGemmProblem& p, const Device&) {
-  if (const char* why = AnyKernelUnsupported(p)) return why;
+const char* DequantizeDotUnsupported(const AwqGemmProblem& p, const Device& device) {
+  if (const char* why = AnyKernelUnsupported(p, device)) return why;
   if (p.fused_only) return "only a fused kernel was asked for";
   if (p.m == 0) return "the number of rows is not known when the program is lowered";
   if (p.split_k > 0) return "split_k_iters asks for a fused kernel";
@@ -85,8 +89,8 @@ constexpr Variant kVariants[] = {
     {"decode_8", 8, 128, 32, 3, true, Decode8Unsupported},
     {"decode_16", 16, 128, 32, 2, true, Decode16Unsupported},
     {"wgmma_16", 16, 256, 64, 2, true, WgmmaUnsupported},
-    {"wgmma_32", 32, 256, 64, 2, true, WgmmaUnsupported},
-    {"wgmma_64", 64, 256, 64, 2, true, WgmmaUnsupported},
+    {"wgmma_32", 32, 256, 64, 1, true, WgmmaUnsupported},
+    {"wgmma_64", 64, 256, 64, 1, true, WgmmaUnsupported},
     {"wgmma_128", 128, 256, 64, 1, true, WgmmaUnsupported},
     {"mma_32", 32, 128, 64, 3, true, TensorCoreUnsupported},
     {"mma_64", 64, 128, 64, 2, true, TensorCoreUnsupported},
@@ -127,16 +131,24 @@ const char* Choose(const AwqGemmProblem& p, const Device& device) {
   return m <= 32 ? "mma_32" : m <= 64 ? "mma_64" : "mma_128";
 }
 
+// CTA clusters of `size` that run at once: one more would cost a second wave. A cluster lives in
+// one GPC, of sixteen processors or a few more or less. The counts are those that fit what was
+// timed on an H200 (132 processors) at sizes 4 to 8 with one to three CTAs a processor.
+int64_t ResidentClusters(const Device& device, int ctas_per_sm, int size) {
+  const int gpcs = device.sm_count / 16;
+  if (gpcs < 2 || device.arch < 90) return device.sm_count * ctas_per_sm / size;
+  return (gpcs - 1) * (16 * ctas_per_sm / size) + 12 * ctas_per_sm / size;
+}
+
 int ChooseSplit(const AwqGemmProblem& p, const Device& device, const Variant& v) {
   if (!v.splits) return 1;
   const int64_t depth_tiles = CeilDiv(p.contraction(), v.depth);
   if (p.split_k > 0) return static_cast<int>(std::min(p.split_k, depth_tiles));
   const int64_t m = p.m == 0 ? 1 : p.m;
   const int64_t ctas = CeilDiv(m, v.tokens) * CeilDiv(p.outputs(), v.outputs) * p.batch;
-  const int64_t slots = static_cast<int64_t>(device.sm_count) * v.ctas_per_sm;
-  const int64_t enough_depth = std::max<int64_t>(1, depth_tiles / 4);
-  int split = 1;
-  while (split < kMaxCluster && ctas * split * 2 <= slots && split * 2 <= enough_depth) split *= 2;
+  int split =
+      static_cast<int>(std::min<int64_t>(kMaxCluster, std::max<int64_t>(1, depth_tiles / 4)));
+  while (split > 1 && ctas > ResidentClusters(device, v.ctas_per_sm, split)) --split;
   return split;
 }
 

@@ -30,15 +30,17 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = threadIdx.x; i < kDepth * kTokens; i += kThreads) {
       const int64_t token = token0 + i / kDepth;
       const int64_t c = depth0 + i % kDepth;
-      x_tile[i % kDepth][i / kDepth] =
-          token < p.m && c < p.contraction ? static_cast<float>(x[token * p.contraction + c]) : 0.0f;
+      x_tile[i % kDepth][i / kDepth] = token < p.m && c < p.contraction
+                                           ? static_cast<float>(x[token * p.contraction + c])
+                                           : 0.0f;
     }
     for (int i = threadIdx.x; i < kDepth * kOutputs; i += kThreads) {
       const int64_t c = depth0 + i / kOutputs;
       const int64_t o = output0 + i % kOutputs;
       float w = 0.0f;
       if (c < p.contraction && o < p.outputs) {
-        w = static_cast<float>(RoundTo<T>(p.transpose ? WeightAt(weight, o, c) : WeightAt(weight, c, o)));
+        w = static_cast<float>(
+            RoundTo<T>(p.transpose ? WeightAt(weight, o, c) : WeightAt(weight, c, o)));
       }
       w_tile[i / kOutputs][i % kOutputs] = w;
     }

@@ -1,11 +1,12 @@
-// The tensor core kernel for sm_90a: as the mma kernel, with wgmma taking the weights from registers
-// and x from shared memory.
+// The tensor core kernel for sm_90a: as the mma kernel, with wgmma taking the weights from
+// registers and x from shared memory.
 //
-// A CTA computes kTokens x 256 outputs over its share of the contraction. A warp owns 64 outputs,
-// one column of words per lane, so that a word is read and dequantized by one lane only. Up to 64
-// tokens one warpgroup holds all four 64-row tiles j of a word's bytes; with 128 tokens two
-// warpgroups hold two each. Fragments are double-buffered: while the tensor cores work on one k16
-// step, the next is dequantized.
+// A CTA of two warpgroups computes kTokens x 256 outputs over its share of the contraction. A warp
+// owns 64 outputs, one column of words per lane, so that a word is read and dequantized by one lane
+// only. Up to 64 tokens each warpgroup takes half of every stage's depth for all outputs; with 128
+// tokens its accumulators hold two of the four 64-row tiles j, those of the even or of the odd
+// bytes of a word. Fragments are double-buffered: while the tensor cores work on one k16 step, the
+// next is dequantized.
 #pragma once
 
 #include <algorithm>
@@ -22,19 +23,20 @@ template <typename T, Layout kLayout, bool kTranspose, int kTokens>
 struct WgmmaTile {
   static constexpr int kOutputs = 256;
   using Stage = jax_awq::Stage<T, kLayout, kTranspose, kTokens, kOutputs>;
-  static constexpr int kWarpgroups = kTokens > 64 ? 2 : 1;
-  static constexpr int kThreads = 128 * kWarpgroups;
-  static constexpr int kTiles = 4 / kWarpgroups;  // 64-row tiles of a warpgroup
+  static constexpr int kThreads = 256;
+  static constexpr bool kSplitDepth = kTokens <= 64;
+  static constexpr int kTiles = kSplitDepth ? 4 : 2;  // 64-row tiles of a warpgroup
+  static constexpr int kSteps = kSplitDepth ? 2 : 4;  // k16 steps of a warpgroup in a stage
   using Frag = Fragments<T, kLayout, kTranspose, kOutputs, kTiles>;
   static constexpr int kStages = 5;
   // Stages copied ahead. The slot filled next was last read two tiles ago, so no wgmma that may
   // still be in flight reads it.
   static constexpr int kAhead = kStages - 2;
-  static constexpr int kCtasPerSm = kTokens > 64 ? 1 : 2;
+  static constexpr int kCtasPerSm = kTokens == 16 && Frag::kOutputPacked ? 2 : 1;
 
-  static constexpr int kTileStride = kOutputs + 4;
-  static constexpr int kSharedBytes =
-      std::max(kStages * Stage::kBytes, kTokens * kTileStride * 4);
+  // The result takes the place of the pipeline when that has drained.
+  using Result = ResultTile<kTokens, kOutputs, 2>;
+  static constexpr int kSharedBytes = std::max(kStages * Stage::kBytes, Result::kBytes);
   using Loader = StageLoader<T, kLayout, kTranspose, kTokens, kOutputs, kThreads>;
 };
 
@@ -47,6 +49,7 @@ __global__ void __launch_bounds__(WgmmaTile<T, kLayout, kTranspose, kTokens>::kT
   using Frag = typename Tile::Frag;
   extern __shared__ __align__(1024) char shared[];
 
+  const int warpgroup = threadIdx.x / 128;
   const int warp = threadIdx.x / 32 % 4;
   const int t = threadIdx.x % 4;
 
@@ -75,7 +78,8 @@ __global__ void __launch_bounds__(WgmmaTile<T, kLayout, kTranspose, kTokens>::kT
     PinRegisters(acc[j]);
   }
   WgmmaFence();
-  Frag fragments(threadIdx.x / 128, threadIdx.x % 32 / 4, t);
+  Frag fragments(warpgroup, threadIdx.x % 32 / 4, t);
+  const int step0 = Tile::kSplitDepth ? Tile::kSteps * warpgroup : 0;
   uint32_t a[2][Tile::kTiles][4];
   int current_group = -1;
   TileView view;
@@ -90,17 +94,18 @@ __global__ void __launch_bounds__(WgmmaTile<T, kLayout, kTranspose, kTokens>::kT
     CopyAsyncWait<Tile::kAhead - 1>();
     FenceProxyAsync();
     __syncthreads();
-    if (i + Tile::kAhead < share.count) loader.Load(next_stage);
-    CopyAsyncCommit();
-    next_stage = next_stage == Tile::kStages - 1 ? 0 : next_stage + 1;
-
     Tile::Stage::Point(&view, shared + stage * Tile::Stage::kBytes);
     const uint64_t x = SwizzledRows(shared_base + stage * Tile::Stage::kBytes);
     stage = stage == Tile::kStages - 1 ? 0 : stage + 1;
+    // All reads of packed codes go out first, to wait for them once.
+    typename Frag::Codes codes[Tile::kSteps];
 #pragma unroll
-    for (int step = 0; step < kDepth / 16; ++step) {
+    for (int s = 0; s < Tile::kSteps; ++s) codes[s] = fragments.Fetch(view, step0 + s);
+#pragma unroll
+    for (int s = 0; s < Tile::kSteps; ++s) {
+      const int step = step0 + s;
       if constexpr (!kTranspose) {
-        if (step % 2 == 0) {  // 32 rows never cross a group
+        if (s % 2 == 0) {  // 32 rows never cross a group
           const int group = (depth0 + 16 * step) >> group_shift;
           if (group != current_group) {
             fragments.LoadGroup(view, group - (depth0 >> group_shift));
@@ -110,14 +115,19 @@ __global__ void __launch_bounds__(WgmmaTile<T, kLayout, kTranspose, kTokens>::kT
       }
       // All but the newest group of wgmmas are done: these registers are free again.
       WgmmaWait<1>();
-      uint32_t (&now)[Tile::kTiles][4] = a[step % 2];
-      fragments.Load(view, step, now);
+      uint32_t(&now)[Tile::kTiles][4] = a[s % 2];
+      fragments.Dequantize(view, step, codes[s], now);
       WgmmaFence();
 #pragma unroll
       for (int j = 0; j < Tile::kTiles; ++j) {
         Wgmma<T, kTokens>(acc[j], now[j], x + 2 * step);
       }
       WgmmaCommit();
+      if (s == 0) {  // the tensor cores have work now: time to copy the stage to come
+        if (i + Tile::kAhead < share.count) loader.Load(next_stage);
+        CopyAsyncCommit();
+        next_stage = next_stage == Tile::kStages - 1 ? 0 : next_stage + 1;
+      }
     }
     depth0 += kDepth;
   }
@@ -127,19 +137,25 @@ __global__ void __launch_bounds__(WgmmaTile<T, kLayout, kTranspose, kTokens>::kT
   CopyAsyncWait<0>();
   __syncthreads();
 
+  // Warpgroups that split the depth add up in a fixed order.
   float* tile = reinterpret_cast<float*>(shared);
 #pragma unroll
-  for (int j = 0; j < Tile::kTiles; ++j) {
+  for (int turn = 0; turn < (Tile::kSplitDepth ? 2 : 1); ++turn) {
+    if (!Tile::kSplitDepth || warpgroup == turn) {
 #pragma unroll
-    for (int i = 0; i < kTokens / 2; ++i) {
-      const int token = i / 4 * 8 + 2 * t + i % 2;
-      tile[token * Tile::kTileStride + view.warp_output +
-           fragments.OutputOf(j, i / 2 % 2)] = acc[j][i];
+      for (int n = 0; n < kTokens / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          fragments.template Store<typename Tile::Result>(
+              tile, 8 * n + 2 * t + i, view.warp_output, turn > 0,
+              [&](int j, int h) { return acc[j][4 * n + 2 * h + i]; });
+        }
+      }
     }
+    __syncthreads();
   }
-  __syncthreads();
-  ReduceAndStore<kTokens, Tile::kOutputs, Tile::kTileStride, Tile::kThreads>(
-      MakeEpilogue(p), tile, token0, output0, split, p.splits, p.batch * p.size());
+  ReduceAndStore<typename Tile::Result, Tile::kThreads>(MakeEpilogue(p), tile, token0, output0,
+                                                        split, p.splits, p.batch * p.size());
 #endif
 }
 

@@ -22,13 +22,21 @@ DTYPES = [np.float16, jnp.bfloat16, np.float32]
 def test_is_rounded_once(data):
     group_size = data.draw(st.sampled_from([32, 64, 128, -1]))
     layout = data.draw(st.sampled_from(["gemm", "gemv", "oc_major"]))
-    k = 8 * data.draw(st.integers(1, 40)) if group_size == -1 else group_size * data.draw(
-        st.integers(1, 10))
+    k = (
+        8 * data.draw(st.integers(1, 40))
+        if group_size == -1
+        else group_size * data.draw(st.integers(1, 10))
+    )
     weight = random_weight(
-        np.random.default_rng(data.draw(st.integers(0, 2**32))), k, 8 * data.draw(
-            st.integers(1, 4)), group_size=group_size, layout=layout,
+        np.random.default_rng(data.draw(st.integers(0, 2**32))),
+        k,
+        8 * data.draw(st.integers(1, 4)),
+        group_size=group_size,
+        layout=layout,
         dtype=data.draw(st.sampled_from([np.float16, jnp.bfloat16])),
-        symmetric=data.draw(st.booleans()), batch=data.draw(st.sampled_from([(), (2,)])))
+        symmetric=data.draw(st.booleans()),
+        batch=data.draw(st.sampled_from([(), (2,)])),
+    )
     dtype = data.draw(st.sampled_from([None, *DTYPES]))
     got = weight.dequantize(dtype)
     assert got.dtype == (dtype or weight.dtype)
@@ -47,8 +55,9 @@ def test_subnormal_scales_are_kept():
 
 
 def test_overflow_is_infinite_in_float16_only():
-    weight = AWQWeight(np.full((8, 1), -1, np.int32), np.full((1, 8), 8192, np.float16),
-                       np.zeros((1, 1), np.int32))
+    weight = AWQWeight(
+        np.full((8, 1), -1, np.int32), np.full((1, 8), 8192, np.float16), np.zeros((1, 1), np.int32)
+    )
     assert np.isinf(weight.dequantize()).all()
     np.testing.assert_array_equal(weight.dequantize(jnp.float32), np.full((8, 8), 15 * 8192.0))
 
@@ -60,8 +69,9 @@ def test_autoawq_checkpoint_bit_for_bit():
     for file in sorted(folder.glob("*.safetensors")):
         tensors |= load_file(file)
     for name, want in expected.items():
-        weight = awq_dequantize(*(tensors[f"{name}.{part}"]
-                                  for part in ("qweight", "scales", "qzeros")))
+        weight = awq_dequantize(
+            *(tensors[f"{name}.{part}"] for part in ("qweight", "scales", "qzeros"))
+        )
         got = hashlib.sha256(np.ascontiguousarray(weight, "<f2").tobytes()).hexdigest()
         assert got == want["sha256_fp16_le_ic_major"], name
 
@@ -72,5 +82,7 @@ def test_autoawq_vectors_bit_for_bit(layout, prefix):
     arrays = load_file(GOLDEN / "packed_vectors.safetensors")
     got = awq_dequantize(
         *(arrays[f"{prefix}/{layout}/{part}"] for part in ("qweight", "scales", "qzeros")),
-        layout=layout, group_size=int(prefix.rpartition("g")[2]))
+        layout=layout,
+        group_size=int(prefix.rpartition("g")[2]),
+    )
     np.testing.assert_array_equal(np.asarray(got).T, arrays[f"{prefix}/fake_quant_fp16_oc_ic"])

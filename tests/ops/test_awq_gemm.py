@@ -28,17 +28,26 @@ def problems(draw):
     group_size = draw(st.sampled_from([32, 64, 128, -1]))
     layout = draw(st.sampled_from(LAYOUTS))
     step = 8 if layout != "gemm" else 1  # K of one group has any length along the rows of "gemm"
-    k = (draw(st.integers(1, 40)) * step if group_size == -1
-         else draw(st.integers(1, 3)) * group_size)
+    k = (
+        draw(st.integers(1, 40)) * step
+        if group_size == -1
+        else draw(st.integers(1, 3)) * group_size
+    )
     return random_problem(
         np.random.default_rng(draw(st.integers(0, 2**32))),
-        tuple(draw(st.lists(st.sampled_from([0, 1, 2, 5]), max_size=3))), k,
-        8 * draw(st.integers(1, 5)), group_size=group_size, layout=layout,
-        dtype=draw(st.sampled_from(DTYPES)), scales_dtype=draw(st.sampled_from(DTYPES)),
-        symmetric=draw(st.booleans()), bias=draw(st.booleans()),
+        tuple(draw(st.lists(st.sampled_from([0, 1, 2, 5]), max_size=3))),
+        k,
+        8 * draw(st.integers(1, 5)),
+        group_size=group_size,
+        layout=layout,
+        dtype=draw(st.sampled_from(DTYPES)),
+        scales_dtype=draw(st.sampled_from(DTYPES)),
+        symmetric=draw(st.booleans()),
+        bias=draw(st.booleans()),
         activation=draw(st.sampled_from(ACTIVATIONS)),
         out_dtype=draw(st.sampled_from([None, *DTYPES])),
-        batch=draw(st.sampled_from([(), (1,), (3,)])))
+        batch=draw(st.sampled_from([(), (1,), (3,)])),
+    )
 
 
 @given(problems())
@@ -55,15 +64,20 @@ def test_identity_gives_the_dequantized_weight_bit_for_bit(problem):
     *batch, k, _ = weight.shape
     eye = np.broadcast_to(np.eye(k, dtype=dtype), (*batch, k, k))
     np.testing.assert_array_equal(
-        awq_gemm(eye, weight),
-        dequantize_float64(weight).astype(np.float32).astype(dtype))
+        awq_gemm(eye, weight), dequantize_float64(weight).astype(np.float32).astype(dtype)
+    )
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_epilogue(rng, activation, dtype):
-    assert_close_to_float64(*_run(random_problem(
-        rng, 7, 256, 40, group_size=64, dtype=dtype, bias=True, activation=activation)))
+    assert_close_to_float64(
+        *_run(
+            random_problem(
+                rng, 7, 256, 40, group_size=64, dtype=dtype, bias=True, activation=activation
+            )
+        )
+    )
 
 
 @pytest.mark.parametrize("code", [0, 15])
@@ -74,16 +88,23 @@ def test_extreme_codes_and_zeros(code, zero, layout):
     rows, words = (64, 2) if layout == "gemm" else (16, 8)
     scales, zeros = ((16, 32), (16, 4)) if layout == "gemv" else ((2, 16), (2, 2))
     weight = AWQWeight(
-        np.full((rows, words), word[code], np.int32), np.full(scales, 0.5, np.float16),
-        np.full(zeros, word[zero], np.int32), layout=layout, group_size=32)
+        np.full((rows, words), word[code], np.int32),
+        np.full(scales, 0.5, np.float16),
+        np.full(zeros, word[zero], np.int32),
+        layout=layout,
+        group_size=32,
+    )
     y = np.ones((1, 64), np.float16) @ weight
     np.testing.assert_array_equal(y, np.full((1, 16), 64 * (code - zero) * 0.5))
 
 
 def test_weights_are_rounded_to_the_dtype_of_x():
     """One product that bfloat16 cannot hold: 15 * 257 / 256 has 12 bits."""
-    weight = AWQWeight(np.full((8, 1), -1, np.int32), np.full((1, 8), 257 / 256, np.float32),
-                       np.zeros((1, 1), np.int32))
+    weight = AWQWeight(
+        np.full((8, 1), -1, np.int32),
+        np.full((1, 8), 257 / 256, np.float32),
+        np.zeros((1, 1), np.int32),
+    )
     x = np.zeros((1, 8), np.float32)
     x[0, 0] = 1
     exact = 15 * 257 / 256
@@ -94,10 +115,17 @@ def test_weights_are_rounded_to_the_dtype_of_x():
 
 def test_bias_and_activation_come_before_the_one_rounding():
     """2048 + 1 is no float16, and relu of the sum is 1 however the product would round."""
-    weight = AWQWeight(np.full((1, 1), 0x11111111, np.int32), np.ones((1, 8), np.float16),
-                       np.zeros((1, 1), np.int32))
-    y = awq_gemm(np.full((1, 1), 2048, np.float16), weight,
-                 bias=np.full(8, -2047.5, np.float32), activation="relu")
+    weight = AWQWeight(
+        np.full((1, 1), 0x11111111, np.int32),
+        np.ones((1, 8), np.float16),
+        np.zeros((1, 1), np.int32),
+    )
+    y = awq_gemm(
+        np.full((1, 1), 2048, np.float16),
+        weight,
+        bias=np.full(8, -2047.5, np.float32),
+        activation="relu",
+    )
     np.testing.assert_array_equal(y, np.full((1, 8), 0.5))
 
 
@@ -140,7 +168,8 @@ def test_arrays_and_weight_are_the_same_call(rng):
     w = p.weight
     np.testing.assert_array_equal(awq_gemm(p.x, w.qweight, w.scales, w.qzeros), p.x @ w)
     np.testing.assert_array_equal(
-        awq_gemm(p.x, w.qweight, w.scales, w.qzeros, group_size=32, split_k_iters=8), p.x @ w)
+        awq_gemm(p.x, w.qweight, w.scales, w.qzeros, group_size=32, split_k_iters=8), p.x @ w
+    )
 
 
 def test_without_zeros_eight_is_the_zero():
