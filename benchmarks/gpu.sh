@@ -9,7 +9,7 @@
 #   test      gpu_tests.json
 #   sanitize  sanitizers.json: compute-sanitizer with each of its tools
 #   bench     awq_gemm.json, awq_dequantize.json
-#   ptx       gpu_tests_ptx.json: the kernels of older GPUs, as PTX alone
+#   ptx       gpu_tests_ptx75.json, gpu_tests_ptx80.json: the kernels of older GPUs, as PTX alone
 #
 # SITE=<folder with jax_awq and its extension> takes another installation, WORKERS=<n> as many
 # test processes.
@@ -27,7 +27,6 @@ for word in "$@"; do
 done
 cd "$(dirname "$0")/.."
 SITE=${SITE:-$PWD/build/gpu/site}
-PTX_SITE=$PWD/build/gpu/ptx
 WORKERS=${WORKERS:-4}
 export XLA_PYTHON_CLIENT_PREALLOCATE=false
 export PYTHONSAFEPATH=1 # the installed package, not the Python files here without their kernels
@@ -86,13 +85,15 @@ for word in "$@"; do
     test) record_tests gpu_tests.json ;;
     sanitize) sanitize ;;
     bench)
-      python3 -m jax_awq.bench awq_gemm --json "$OUT/awq_gemm.json" &&
+      python3 -m jax_awq.bench awq_gemm --dtypes float16 bfloat16 --json "$OUT/awq_gemm.json" &&
         python3 -m jax_awq.bench awq_dequantize --json "$OUT/awq_dequantize.json"
       ;;
     ptx)
-      install_to "$PTX_SITE" . -C cmake.define.JAX_AWQ_CUDA_ARCHITECTURES=75-virtual,80-virtual &&
-        PYTHONPATH=$PTX_SITE record_tests gpu_tests_ptx.json tests/gpu \
-          -k "(simt or mma_32 or mma_64 or mma_128 or dequantize) and not wgmma"
+      for arch in 75 80; do
+        site=$PWD/build/gpu/ptx$arch
+        install_to "$site" . -C "cmake.define.JAX_AWQ_CUDA_ARCHITECTURES=$arch-virtual" &&
+          PYTHONPATH=$site record_tests "gpu_tests_ptx$arch.json" tests/gpu || status=1
+      done
       ;;
     *) echo "gpu.sh: unknown word $word" >&2 && exit 2 ;;
   esac || status=1

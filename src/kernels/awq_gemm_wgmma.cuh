@@ -101,6 +101,11 @@ __global__ void __launch_bounds__(WgmmaTile<T, kLayout, kTranspose, kTokens>::kT
     typename Frag::Codes codes[Tile::kSteps];
 #pragma unroll
     for (int s = 0; s < Tile::kSteps; ++s) codes[s] = fragments.Fetch(view, step0 + s);
+    // While they are on their way, and before the next wgmma: a branch among wgmmas serializes
+    // them.
+    if (i + Tile::kAhead < share.count) loader.Load(next_stage);
+    CopyAsyncCommit();
+    next_stage = next_stage == Tile::kStages - 1 ? 0 : next_stage + 1;
 #pragma unroll
     for (int s = 0; s < Tile::kSteps; ++s) {
       const int step = step0 + s;
@@ -123,11 +128,6 @@ __global__ void __launch_bounds__(WgmmaTile<T, kLayout, kTranspose, kTokens>::kT
         Wgmma<T, kTokens>(acc[j], now[j], x + 2 * step);
       }
       WgmmaCommit();
-      if (s == 0) {  // the tensor cores have work now: time to copy the stage to come
-        if (i + Tile::kAhead < share.count) loader.Load(next_stage);
-        CopyAsyncCommit();
-        next_stage = next_stage == Tile::kStages - 1 ? 0 : next_stage + 1;
-      }
     }
     depth0 += kDepth;
   }
