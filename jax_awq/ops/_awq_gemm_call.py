@@ -1,4 +1,4 @@
-"""One call of `awq_gemm` as a program: its operands, the plain-JAX form, the plan and the kernel."""
+"""One call of `awq_gemm`: its operands, the plain-JAX form, the plan and the kernel."""
 
 import jax
 import jax.numpy as jnp
@@ -117,7 +117,12 @@ def kernel(plan, *operands, layout, transpose, **params):
             dtype=x.dtype,
             variant="",
         )
-        return (dot(x, weight.swapaxes(-1, -2) if transpose else weight, bias, **params),)
+        weight = weight.swapaxes(-1, -2) if transpose else weight
+        if bias is None and params["activation"] == "none":
+            # The library sums in float32 and rounds once by itself; a float32 result in between
+            # would cost more than the dequantization.
+            return (jnp.matmul(x, weight, preferred_element_type=params["out_dtype"]),)
+        return (dot(x, weight, bias, **params),)
     k, _ = weight_size(qweight.shape, layout)
     (result,) = out_avals(*operands, layout=layout, transpose=transpose, **params)
     return (
