@@ -1,7 +1,10 @@
-"""The code in README.md runs."""
+"""The code in README.md runs, and its figures are those of the committed results."""
 
+import json
 import pathlib
 import re
+
+from jax_awq.bench import report
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -15,3 +18,10 @@ def test_usage_runs(monkeypatch):
     assert scope["y"].shape == (2, 24, 1536)
     assert scope["w"].shape == scope["gate"].shape
     assert scope["dx"].shape == scope["x"].shape
+
+
+def test_performance_table_is_the_committed_result():
+    results = json.loads((ROOT / "benchmarks/results/nvidia_h200/awq_gemm.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    for dtype in ("float16", "bfloat16"):
+        assert report.overview(results["rows"], dtype) in readme

@@ -21,7 +21,9 @@ from jax_awq.problems import BENCH_PROBLEMS, BENCH_ROWS, PROBLEMS, Problem
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if args.command == "table":
-        print(report.markdown(json.loads(args.json.read_text(encoding="utf-8"))["rows"]), end="")
+        rows = json.loads(args.json.read_text(encoding="utf-8"))["rows"]
+        text = report.overview(rows, args.overview) if args.overview else report.markdown(rows)
+        print(text, end="")
         return 0
     top: dict[str, Any] = report.environment() | {
         "ceilings": {"read_bytes_per_second": READ_BYTES_PER_SECOND},
@@ -98,6 +100,9 @@ def _parser() -> argparse.ArgumentParser:
         )
     table = commands.add_parser("table", help="print the Markdown tables of a result")
     table.add_argument("json", type=Path)
+    table.add_argument(
+        "--overview", metavar="DTYPE", help="one table of all weights, as in the README"
+    )
     return parser
 
 

@@ -60,8 +60,30 @@ def _key(row: Row) -> tuple[Any, ...]:
     return tuple(row[name] for name in ("op", "impl", "M", "N", "K", "group_size", "dtype"))
 
 
+def overview(rows: Iterable[Row], dtype: str) -> str:
+    """The README's table: a column a weight, "jax_awq / other / other" in microseconds."""
+    rows = [row for row in rows if row["dtype"] == dtype]
+    weights = list(dict.fromkeys((row["K"], row["N"]) for row in rows))
+    impls = ["jax_awq", *sorted({row["impl"] for row in rows} - {"jax_awq"})]
+    us = {(row["M"], row["K"], row["N"], row["impl"]): row["us"] for row in rows}
+    lines = [
+        f"| M | {' | '.join(f'{k} x {n}' for k, n in weights)} |",
+        "|" + "---:|" * (len(weights) + 1),
+    ]
+    for m in sorted({row["M"] for row in rows}):
+        cells = (" / ".join(_us(us.get((m, *weight, i))) for i in impls) for weight in weights)
+        lines.append(f"| {m} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _us(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
+
+
 def markdown(rows: Iterable[Row]) -> str:
-    """The README's tables: microseconds, and how many times faster than each other program."""
+    """Tables of microseconds, and how many times faster than each other program."""
     parts = []
     for title, cells in _tables(rows).items():
         others = sorted({impl for _, impl in cells} - {"jax_awq"})
