@@ -32,7 +32,7 @@ def build_info() -> dict[str, Any]:
     """What this installation was built from.
 
     Returns:
-      version; cuda (bool, whether kernels are in it); architectures, such as ["80", "90a"]; nvcc
+      version; cuda (bool, whether kernels are in it); architectures, such as ["sm_90a"]; nvcc
       and jaxlib_headers, versions; source_hash, 16 hex digits of the C++ sources; and in a tree
       without the compiled part `missing`, the reason.
     """
@@ -71,8 +71,7 @@ def unavailable(on_device: bool) -> str:
 
 @functools.cache
 def _driver_problem() -> str:
-    assert _ext is not None
-    problem = _ext.driver_problem()
+    problem = _ext.driver_problem() if _ext is not None else MISSING
     if problem:
         warnings.warn(f"jax_awq: {problem}; the plain JAX reference runs instead", stacklevel=2)
     return problem
@@ -80,7 +79,8 @@ def _driver_problem() -> str:
 
 def plan_awq_gemm(**kwargs: Any) -> dict[str, Any]:
     """`_ext.plan_awq_gemm`: what the host code of the kernel would launch."""
-    assert _ext is not None
+    if _ext is None:
+        raise RuntimeError(MISSING)
     return _ext.plan_awq_gemm(**kwargs)
 
 

@@ -255,6 +255,27 @@ def test_plan_says_why_the_reference_runs(rng, planned, monkeypatch):
     assert plan("awq_gemm", p.x, p.weight, device="sm_90").reason == "JAX_AWQ_FORCE is reference"
 
 
+@pytest.mark.parametrize(
+    ("k", "n", "group_size", "reason"),
+    [
+        (96, 16, 48, "group_size is not 32, 64, 128 or K"),
+        (512, 16, 256, "group_size is not 32, 64, 128 or K"),
+        (32, 2**20, 32, "K or N is not below 1048576"),
+    ],
+)
+def test_weights_that_no_kernel_takes_run_the_reference(planned, k, n, group_size, reason):
+    weight = AWQWeight(
+        jax.ShapeDtypeStruct((k, n // 8), jnp.int32),
+        jax.ShapeDtypeStruct((k // group_size, n), jnp.float16),
+    )
+    x = jax.ShapeDtypeStruct((3, k), jnp.float16)
+    for found in (
+        plan("awq_gemm", x, weight, device="sm_90"),
+        plan("awq_dequantize", weight, device="sm_90"),
+    ):
+        assert (found.route, found.reason) == ("reference", reason)
+
+
 def test_without_the_compiled_part_the_reference_runs(rng, monkeypatch):
     monkeypatch.setattr(_ffi, "_ext", None)
     monkeypatch.setattr(_ffi, "MISSING", "the compiled part of jax_awq cannot be imported: gone")

@@ -57,9 +57,10 @@ def plan_call(device, *operands, **params):
     reason = why_reference(device, target, params["variant"])
     if not reason and any(isinstance(d, int) and d == 0 for d in (*out.shape, x.shape[-1])):
         reason = "an operand or the result is empty"
+    k, n = weight_size(qweight.shape, params["layout"])
+    reason = reason or _weight.no_kernel(k, n, params["group_size"])
     if reason or target is None:
         return reference_plan("awq_gemm", reason)
-    k, n = weight_size(qweight.shape, params["layout"])
     found = _ffi.plan_awq_gemm(
         m=_known(out.shape[-2]),
         n=n,

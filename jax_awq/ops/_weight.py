@@ -15,11 +15,22 @@ from jax_awq._packing import (
 )
 
 SYMMETRIC_ZERO = 8  # the zero point of a weight without zeros
+_KERNEL_GROUP_SIZES = (-1, 32, 64, 128)
+_KERNEL_SIZE_LIMIT = 2**20  # CUDA grids count blocks of rows in 16 bits
 
 
 def forced_variant() -> str:
     """`JAX_AWQ_FORCE`: the kernel variant to run, for tests. Part of every jit key."""
     return os.environ.get("JAX_AWQ_FORCE", "")
+
+
+def no_kernel(k, n, group_size: int) -> str:
+    """Why no kernel takes a (K, N) weight, or "". The FFI handlers refuse the same."""
+    if group_size not in _KERNEL_GROUP_SIZES and group_size != k:
+        return "group_size is not 32, 64, 128 or K"
+    if max(k, n) >= _KERNEL_SIZE_LIMIT:
+        return f"K or N is not below {_KERNEL_SIZE_LIMIT}"
+    return ""
 
 
 def unpack_weight(op: str, qweight, scales, qzeros, layout, group_size):

@@ -99,6 +99,7 @@ def _plan(device, qweight, scales, *rest, layout, group_size, symmetric, dtype, 
         reason = "scales are float32"
     if not reason and any(isinstance(d, int) and d == 0 for d in qweight.shape):
         reason = "the weight is empty"
+    reason = reason or _weight.no_kernel(*weight_size(qweight.shape, layout), group_size)
     if reason:
         return reference_plan("awq_dequantize", reason)
     return KernelPlan(
