@@ -80,7 +80,8 @@ def plan_call(device, *operands, **params):
     )
     kernel, refused = found["variant"], dict(found["refused"])
     if kernel == "reference":
-        return reference_plan("awq_gemm", next(iter(refused.values()), ""), refused)
+        # The last one tried takes every shape, so what it says is what no kernel can do.
+        return reference_plan("awq_gemm", ["", *refused.values()][-1], refused)
     fused = kernel != "dequantize_dot"
     return KernelPlan(
         op="awq_gemm",
