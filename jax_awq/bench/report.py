@@ -64,9 +64,10 @@ def _key(row: Row) -> tuple[Any, ...]:
 def overview(rows: Iterable[Row], dtype: str) -> str:
     """The README's table: a column a weight, "jax_awq / other / other" in microseconds.
 
-    A first line tells what reading the weight alone takes, where that was timed.
+    Of group size 128, and the weights that the benchmark takes when it is told nothing. A first
+    line tells what reading the weight alone takes, where that was timed.
     """
-    rows = [row for row in rows if row["dtype"] == dtype]
+    rows = [row for row in rows if row["dtype"] == dtype and row["group_size"] == 128]
     weights = list(dict.fromkeys((row["K"], row["N"]) for row in rows))
     shown = {(PROBLEMS[name].k, PROBLEMS[name].n) for name in BENCH_PROBLEMS}
     weights = [weight for weight in weights if weight in shown] or weights

@@ -104,14 +104,6 @@ __device__ __forceinline__ void LoadShared(uint32_t (&r)[4], uint32_t address) {
                : "r"(address)
                : "memory");
 }
-__device__ __forceinline__ float4 LoadSharedFour(uint32_t address) {
-  float4 v;
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "r"(address)
-               : "memory");
-  return v;
-}
 
 __device__ __forceinline__ void StoreSharedFour(uint32_t address, float4 v) {
   asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y),
@@ -126,12 +118,6 @@ __device__ __forceinline__ void NamedBarrierSync() {
 }
 
 #if __CUDA_ARCH__ >= 900
-__device__ __forceinline__ uint32_t ClusterRank() {
-  uint32_t r;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
-  return r;
-}
-
 // Every thread of the cluster arrives and waits; shared memory written before is seen after.
 __device__ __forceinline__ void ClusterArrive() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
@@ -235,9 +221,6 @@ __device__ __forceinline__ void AcquireRegisters() {
 #endif
 }
 
-__device__ __forceinline__ void PrefetchTensorMap(const void* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
 #endif
 
 }  // namespace jax_awq
