@@ -129,9 +129,9 @@ class Readable(Format):
         if len(packed.shape) != 2:
             raise ValueError(f"load_hf: {packed} must have 2 dimensions, got shape {packed.shape}")
         k, n = self.size(packed.shape)
-        if k == 0 or n % PACK_FACTOR:
+        if 0 in (k, n) or n % PACK_FACTOR:
             raise ValueError(
-                f"load_hf: {packed}: K={k} must not be 0 and N={n} must be a multiple of "
+                f"load_hf: {packed}: K={k} must be positive and N={n} must be a multiple of "
                 f"{PACK_FACTOR}"
             )
         geometry = Geometry(k, n, self.group_size(k, parts, config))

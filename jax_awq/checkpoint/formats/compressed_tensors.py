@@ -90,4 +90,4 @@ class Unpacked(Format):
     versions = ("int-quantized", "float-quantized", "naive-quantized")
 
     def recognise(self, parts: Parts) -> bool:
-        return "weight_scale" in parts and "weight_packed" not in parts
+        return "weight_scale" in parts and "weight" in parts
