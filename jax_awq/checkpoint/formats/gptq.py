@@ -55,8 +55,8 @@ class Gptq(Readable):
             group, column = np.argwhere(zeros > 15)[0]
             raise BadPart(
                 "qzeros",
-                f"must be 0 to 14, got 15 at {(int(group), int(column))}: in {self.title} that "
-                "stands for zero point 16, which has no 4-bit code",
+                f"must be 0 to 14, got 15 at {(int(group), int(column))}: in {self.title} that is "
+                "zero point 16, which has no 4-bit code, or a borrow; save it as gptq_v2",
             )
         return zeros, arrays["scales"]
 
