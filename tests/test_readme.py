@@ -4,12 +4,15 @@ import json
 import pathlib
 import re
 
+import jax
+import jax.numpy as jnp
+
 from jax_awq.bench import report
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def test_usage_runs(monkeypatch):
+def test_usage_runs(monkeypatch, capsys):
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
     assert blocks
     monkeypatch.chdir(ROOT)
@@ -17,6 +20,11 @@ def test_usage_runs(monkeypatch):
     exec("".join(blocks), scope)
     assert scope["y"].shape == (2, 24, 1536)
     assert scope["w"].shape == scope["gate"].shape
+    output = capsys.readouterr().out
+    shown = re.findall(r"^```\n\n```text\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    assert shown
+    assert all(text in output for text in shown)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, scope["again"], scope["params"]))
     assert scope["dx"].shape == scope["x"].shape
 
 

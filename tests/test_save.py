@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checkpoints import LINEAR, WRITERS, format_sample, named, write
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
@@ -108,6 +109,16 @@ def test_round_trip(tmp_path, rng, layout, symmetric, dtype, group_size):
     np.testing.assert_array_equal(loaded[f"{NAME}.bias"], bias)
     zeros = np.asarray(jax_awq.unpack_int4(back.qzeros))
     assert (zeros == 8).all() == symmetric
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_conversion_of_every_format(tmp_path, name):
+    made, tensors, config = format_sample(name, "bfloat16")
+    params = jax_awq.load_hf(write(tmp_path, named(tensors), config))
+    given = json.loads((tmp_path / "config.json").read_text())
+    jax_awq.save_hf(tmp_path / "a", params, given)
+    dense = jax_awq.load_hf(tmp_path / "a")[LINEAR].dequantize()
+    np.testing.assert_array_equal(np.asarray(dense), made.dense())
 
 
 def test_one_group_has_two_names(tmp_path, rng):
