@@ -36,7 +36,6 @@ def test_bits_of_autoawq(case, layout):
 
 @CASES
 def test_bits_of_autoawq_inside_other_programs(case):
-    """XLA may then fuse, and would drop roundings that are written as casts."""
     dense, group_size = vector(case)
 
     @jax.jit

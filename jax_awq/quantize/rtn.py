@@ -83,9 +83,9 @@ def codes_of(weight: Array, rounded: Callable[[Array], Array]) -> tuple[Array, A
 
 
 def rounding(dtype: Any) -> Callable[[Array], Array]:
-    """A function that rounds float32 values to those of `dtype`, which XLA never optimizes away.
+    """A function that rounds float32 values to those of `dtype`, also where XLA may drop casts.
 
-    It may do that to a pair of casts, and then keeps more digits than the tool has.
+    A cast there and back is one that `xla_allow_excess_precision`, the default, lets it drop.
     """
     if dtype == jnp.float32:
         return lambda x: x
