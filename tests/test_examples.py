@@ -42,6 +42,7 @@ def test_every_example_is_tested():
         "04_equinox.py",
         "05_replace_layers.py",
         "06_lora.py",
+        "07_quantize.py",
     ]
 
 
@@ -139,3 +140,10 @@ def test_lora():
     assert losses == sorted(losses, reverse=True)
     assert losses[0] > np.log(2048)  # worse than a guess among all words
     assert losses[-1] < losses[0] / 4
+
+
+def test_quantize():
+    output = output_of("07_quantize.py")
+    assert "6 linears quantized" in output
+    plain, awq = (float(error) for error in re.findall(r"error (\d\.\d+) on data", output))
+    assert 0 < awq < 0.9 * plain

@@ -50,8 +50,8 @@ def quantize(
         first, ``path.bias`` (N,).
       blocks: `decoder_blocks`, or others.
       inputs: function from a block to batches ``(..., K)`` of its input, which the float model has
-        on calibration data. It is called at most once for a block, in their order, but together with
-        the block of `previous` where that is a linear.
+        on calibration data. It is called at most once for a block, in their order, but together
+        with the block of `previous` where that is a linear.
       group_size: inputs that share one scale, -1 for all of them.
       dtype: of the scales, and of the arithmetic when rounding: float16 as AutoAWQ, or bfloat16,
         float32.
