@@ -4,8 +4,6 @@ import json
 import pathlib
 import re
 
-import pytest
-
 from jax_awq.bench import report
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -14,9 +12,6 @@ ROOT = pathlib.Path(__file__).parents[1]
 def test_usage_runs(monkeypatch, capsys):
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
     assert blocks
-    for package in ("flax", "equinox"):
-        if any(f"import {package}" in b or f"from {package}" in b for b in blocks):
-            pytest.importorskip(package)
     monkeypatch.chdir(ROOT)
     scope: dict = {}
     exec("".join(blocks), scope)
