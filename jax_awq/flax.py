@@ -89,7 +89,8 @@ class AWQDense(linen.Module):
 
     The bias is in the collection "params", the kernel, an `AWQWeight`, in "awq": gradients and
     optimizers of "params" never see its integers. `init` rounds a random kernel to nearest; that
-    of a checkpoint is put in its place as ``variables["awq"][...]["kernel"]``.
+    of a checkpoint is put in its place: ``variables["awq"]`` is `flax.traverse_util.unflatten_dict` of
+    ``{(*path.split("."), "kernel"): weight}``.
 
     Attributes:
       features, use_bias, kernel_init, bias_init: as in `linen.Dense`.
@@ -110,7 +111,11 @@ class AWQDense(linen.Module):
 
     @linen.compact
     def __call__(self, inputs: Any) -> Array:
-        """``(..., K)`` to ``(..., features)``."""
+        """``(..., K)`` to ``(..., features)``.
+
+        Raises:
+          ValueError: there is no kernel in "awq", or it has another shape.
+        """
         inputs = jnp.asarray(inputs, self.dtype)
         size = (inputs.shape[-1], self.features)
 
@@ -118,6 +123,9 @@ class AWQDense(linen.Module):
             kernel = self.kernel_init(self.make_rng("params"), size, jnp.float32)
             return round_to_nearest(kernel, group_size=self.group_size, dtype=self.param_dtype)
 
+        if not (self.has_variable("awq", "kernel") or self.is_mutable_collection("awq")):
+            path = "/".join((*self.path, "kernel"))
+            raise ValueError(f"AWQDense: there is no {path} in the collection 'awq'")
         kernel = self.variable("awq", "kernel", init).value
         bias = None
         if self.use_bias:

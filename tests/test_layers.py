@@ -16,6 +16,7 @@ from jax_awq.testing import assert_close, assert_close_to_float64
 eqx = pytest.importorskip("equinox")
 linen = pytest.importorskip("flax.linen")
 nnx = pytest.importorskip("flax.nnx")
+traverse_util = pytest.importorskip("flax.traverse_util")
 awq_equinox = pytest.importorskip("jax_awq.equinox")
 awq_flax = pytest.importorskip("jax_awq.flax")
 
@@ -109,6 +110,24 @@ def test_linen_init():
     assert shapes["awq"]["kernel"].shape == (128, 48)
     with pytest.raises(ValueError, match=r"AWQDense: kernel must have shape \(128, 40\)"):
         module.clone(features=40, use_bias=False).apply({"awq": variables["awq"]}, x)
+
+
+def test_linen_kernel_that_is_missing(rng):
+    problem = problem_of(rng, 2)
+
+    class Model(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            return awq_flax.AWQDense(48, name="up")(x)
+
+    flat = {("up", "kernel"): problem.weight}
+    variables = {
+        "params": {"up": {"bias": problem.bias}},
+        "awq": traverse_util.unflatten_dict(flat),
+    }
+    assert_close_to_float64(Model().apply(variables, problem.x), problem)
+    with pytest.raises(ValueError, match="AWQDense: there is no up/kernel in the collection 'awq'"):
+        Model().apply({"params": variables["params"]}, problem.x)
 
 
 LAYERS = 3
