@@ -89,8 +89,8 @@ class AWQDense(linen.Module):
 
     The bias is in the collection "params", the kernel, an `AWQWeight`, in "awq": gradients and
     optimizers of "params" never see its integers. `init` rounds a random kernel to nearest; that
-    of a checkpoint is put in its place: ``variables["awq"]`` is `flax.traverse_util.unflatten_dict` of
-    ``{(*path.split("."), "kernel"): weight}``.
+    of a checkpoint is put in its place: ``variables["awq"]`` is what
+    `flax.traverse_util.unflatten_dict` makes of ``{(*path.split("."), "kernel"): weight}``.
 
     Attributes:
       features, use_bias, kernel_init, bias_init: as in `linen.Dense`.

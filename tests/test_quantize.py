@@ -184,6 +184,16 @@ def test_goes_on_where_it_was_stopped(params, x, tmp_path):
     assert not list(tmp_path.glob("*.part*"))
 
 
+def test_state_of_bfloat16(params, x, tmp_path):
+    params = {name: jnp.asarray(value, jnp.bfloat16) for name, value in params.items()}
+    blocks, options = decoder_blocks(params)[2:4], {"group_size": GROUP, "folder": tmp_path}
+    want = quantize(params, blocks, inputs_of(params, x), dtype=jnp.bfloat16, **options)
+    found = quantize(params, blocks, lambda block: [], dtype=jnp.bfloat16, **options)
+    for block in blocks:
+        for path in block.linears:
+            same_weight(found[path], want[path])
+
+
 @pytest.mark.parametrize("change", ["weights", "group_size", "clip", "blocks"])
 def test_state_of_another_run_is_refused(params, x, tmp_path, change):
     blocks = decoder_blocks(params)[:2]
