@@ -122,14 +122,11 @@ def test_predicate(library, weights):
     library.replace_linears(model, half, predicate)
 
 
-@LIBRARIES
-def test_settings_of_the_linear_are_kept(library, weights, problems):
-    if library is awq_equinox:
-        pytest.skip("an Equinox linear has none")
-    model = make(library)
+def test_settings_of_an_nnx_linear_are_kept(weights):
+    model = make(awq_flax)
     model.layers[0].up.dtype = jnp.bfloat16
     model.layers[0].up.preferred_element_type = jnp.float32
-    layer = library.replace_linears(model, weights).layers[0].up
+    layer = awq_flax.replace_linears(model, weights).layers[0].up
     assert (layer.dtype, layer.preferred_element_type) == (jnp.bfloat16, jnp.float32)
 
 
