@@ -18,6 +18,10 @@ def test_usage_runs(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     scope: dict = {}
     exec("".join(blocks), scope)
+    printed = capsys.readouterr().out.splitlines()
+    shown = re.findall(r"^print\(.*\n# (.*)$", "".join(blocks), re.M)
+    assert shown
+    assert set(shown) <= set(printed)
     assert scope["y"].shape == (2, 24, 1536)
     assert scope["w"].shape == scope["gate"].shape
     output = capsys.readouterr().out
