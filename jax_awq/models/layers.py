@@ -9,14 +9,13 @@ from jax import Array, lax
 
 from jax_awq.models.config import Experts
 from jax_awq.ops.awq_gemm import awq_gemm
-from jax_awq.weights import AWQWeight
 
 
 class Linear(NamedTuple):
     """A linear of a checkpoint.
 
     Attributes:
-      weight: an `AWQWeight` (K, N), or a dense array (N, K), as it lies in the file.
+      weight: (K, N) packed, as `awq_gemm` takes it, or a dense array (N, K) as in the file.
       bias: (N,) or None.
     """
 
@@ -27,7 +26,7 @@ class Linear(NamedTuple):
 def linear(x: Array, part: Linear, *, out_dtype: Any = None) -> Array:
     """(..., K) -> (..., N) in `out_dtype`, by default that of `x`."""
     out_dtype = x.dtype if out_dtype is None else out_dtype
-    if isinstance(part.weight, AWQWeight):
+    if not isinstance(part.weight, Array):
         return awq_gemm(x, part.weight, bias=part.bias, out_dtype=out_dtype)
     y = dense(x, part.weight)
     if part.bias is not None:

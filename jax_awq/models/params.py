@@ -193,12 +193,12 @@ class _Source:
         if name not in self.tensors:
             raise ValueError(f"load: tensor {name} is missing{self._instead(name)}")
         found = self.tensors.pop(name)
-        if isinstance(found, AWQWeight) or found.shape != shape:
+        if found.shape != shape:
             raise ValueError(f"load: tensor {name} must have shape {shape}, got {found.shape}")
         return found
 
     def linear(self, name: str, k: int, n: int, bias: bool) -> Linear:
-        if isinstance(self.tensors.get(name), AWQWeight):
+        if name in self.tensors:
             weight = self.tensors.pop(name)
             if weight.shape != (k, n):
                 raise ValueError(
