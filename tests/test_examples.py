@@ -40,6 +40,7 @@ def test_every_example_is_tested():
         "02_llama_mlp.py",
         "03_flax_nnx.py",
         "04_equinox.py",
+        "05_generate.py",
     ]
 
 
@@ -117,3 +118,15 @@ def test_module(name, package, last):
     assert len(errors) == 2
     assert all(0 < float(error) < TOLERANCE["float16"] / 3.1 for error in errors)
     assert re.search(last, output)
+
+
+def test_generate():
+    pytest.importorskip("tokenizers")
+    output = output_of("05_generate.py")
+    assert "the tokens of transformers: True" in output
+    assert re.search(r"max error of the logits \d\.\d+e-0[4-9]", output)
+    for dtype in ("float32", "float16"):
+        assert re.search(rf"^{dtype}, greedy: .def __init__\(self, name", output, re.M)
+    drawn = re.findall(r"^float16, drawn: (.*)", output, re.M)
+    assert len(drawn) == 2
+    assert drawn[0] != drawn[1]

@@ -97,7 +97,7 @@ def output(params: Params, x: Array, config: DecoderConfig) -> Array:
 
 
 def _unrolled(layers, x, span, cache, config):
-    new = []
+    new: list[Any] = []
     for index, layer in enumerate(layers):
         kv = None if cache is None else (cache.k[index], cache.v[index])
         x, kv = block(layer, x, span, kv, config.window(index), config)
@@ -109,23 +109,22 @@ def _unrolled(layers, x, span, cache, config):
 
 
 def _scanned(layers, x, span, cache, config):
-    window = config.window(0)
-
     def step(carry, item):
         x, stack = carry
         layer, index = item
-        kv = None if stack is None else tuple(s[index] for s in stack)
-        x, kv = block(layer, x, span, kv, window, config)
-        if stack is not None:
-            stack = tuple(
-                lax.dynamic_update_index_in_dim(s, new, index, 0)
-                for s, new in zip(stack, kv, strict=True)
-            )
+        kv = None if stack is None else tuple(part[index] for part in stack)
+        x, new = block(layer, x, span, kv, config.window(0), config)
+        if new is not None:
+            put = lax.dynamic_update_index_in_dim
+            stack = tuple(put(s, part, index, 0) for s, part in zip(stack, new, strict=True))
         return (x, stack), None
 
     stack = None if cache is None else (cache.k, cache.v)
-    (x, stack), _ = lax.scan(step, (x, stack), (layers, jnp.arange(config.num_layers)))
-    return x, cache if cache is None else cache._replace(k=stack[0], v=stack[1])
+    numbers = jnp.arange(config.num_layers)
+    (x, stack), _ = lax.scan(step, (x, stack), (layers, numbers))
+    if stack is not None:
+        cache = cache._replace(k=stack[0], v=stack[1])
+    return x, cache
 
 
 def block(

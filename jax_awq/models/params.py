@@ -149,11 +149,11 @@ def _drop_frequencies(source: "_Source", config: DecoderConfig) -> None:
 
 def fuse(parts: dict[str, Linear], name: str) -> dict[str, Linear]:
     """`{name: one linear}` where the parts can be concatenated along N, else `parts`."""
-    biases = [part.bias for part in parts.values()]
+    biases = [part.bias for part in parts.values() if part.bias is not None]
     weights = [part.weight for part in parts.values()]
-    if any((b is None) != (biases[0] is None) for b in biases):
+    if len(biases) not in (0, len(parts)):
         return parts
-    bias = None if biases[0] is None else jnp.concatenate(biases)
+    bias = jnp.concatenate(biases) if biases else None
     if all(isinstance(w, jax.Array) for w in weights):
         return {name: Linear(jnp.concatenate(weights), bias)}
     if any(_kind(w) is None or _kind(w) != _kind(weights[0]) for w in weights):
