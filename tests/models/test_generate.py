@@ -60,6 +60,22 @@ def test_the_cache_is_updated_in_place():
     assert [array.unsafe_buffer_pointer() for array in new.k] == places
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_programs(dtype):
+    """Four products of ours a layer where there are kernels, and nothing decided while running."""
+    model = models.load(GOLDEN / "llama-awq-gemm-g128", dtype=dtype)
+    cache = make_cache(model.config, 1, 64, stacked=False)
+    operands = model.params, jnp.zeros(1, jnp.int32), cache
+    traced = decoder.decode_step.trace(*operands, config=model.config)
+    assert " conditional(" not in traced.lower().compile().as_text()
+    x = jax.ShapeDtypeStruct((1, 512), dtype)
+    weight = model.params["layers"][0]["attention"]["o_proj"].weight
+    if jax_awq.plan("awq_gemm", x, weight, device="sm_90").route == "fused":
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        # Calls of a function for each of the four shapes, or inlined in three layers.
+        assert text.count("@jax_awq.awq_gemm(") in (4, 4 * 3)
+
+
 def test_weights_stay_packed():
     model = load()
     leaves = jax.tree.leaves(

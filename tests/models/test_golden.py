@@ -150,17 +150,3 @@ def test_every_feature_counts(tmp_path, name, change):
     want = expected(name)
     found = models.load(tmp_path, dtype="float32").logits(want["input_ids"])
     assert np.abs(found - want["logits"]).max() > 1e-3
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_cudnn_and_xla_attention_agree(dtype):
-    model = load(LLAMA.name, dtype=dtype)
-    assert model.config.attention == "cudnn"
-    want = expected(LLAMA.name)
-    other = load(LLAMA.name, dtype=dtype, attention="xla")
-    assert errors(model, want)[0] < TOLERANCE[dtype][0]
-    assert errors(other, want)[0] < TOLERANCE[dtype][0]
-    np.testing.assert_array_equal(
-        model.generate(want["greedy_ids"][:, :16], 4), other.generate(want["greedy_ids"][:, :16], 4)
-    )
