@@ -161,8 +161,7 @@ def block(
 
 
 def _span(ids: Array, first: Any, start: Array | None, config: DecoderConfig) -> Span:
-    positions = first + jnp.arange(ids.shape[1])[None]
-    if start is not None:  # padding stands at negative positions and is seen by no one
-        positions = positions - start[:, None]
+    # Slots serve as positions even behind padding: a rotary embedding tells distances alone.
+    positions = first + jnp.arange(ids.shape[1])
     frequencies = config.rope.frequencies(config.head_dim)
     return Span(first, *angles(frequencies, positions, config.dtype), start)

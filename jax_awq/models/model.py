@@ -178,7 +178,7 @@ class Model:
             if ended.any():
                 seen = np.where(ended, ends[0], seen)
             yield seen
-            ended |= np.isin(seen, ends)
+            ended = np.isin(seen, ends)
             if ended.all():
                 return
 
