@@ -190,6 +190,10 @@ def test_model_config_defaults(tmp_path):
     assert model_config(tmp_path, {"rope_theta": 1e4, "rope_scaling": None}) == {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}
     }
+    mixed = {"rope_theta": 1e6, "rope_parameters": {"rope_type": "default"}}
+    assert model_config(tmp_path, mixed) == {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}
+    }
     nested = {"model_type": "qwen3_vl", "text_config": {"model_type": "qwen3", "dtype": "float16"}}
     assert model_config(tmp_path, nested)["model_type"] == "qwen3"
     by_layer = {"rope_parameters": {"full_attention": {"rope_type": "default"}}, "rope_theta": 1.0}

@@ -20,8 +20,8 @@ EXPECTED = np.load(ROOT / "tests/golden/llama-awq-gemm-g128/expected_model.npz")
 
 @pytest.fixture(scope="module")
 def example():
-    """examples/06_lora.py, for its Llama."""
-    spec = importlib.util.spec_from_file_location("lora_example", ROOT / "examples/06_lora.py")
+    """examples/07_lora.py, for its Llama."""
+    spec = importlib.util.spec_from_file_location("lora_example", ROOT / "examples/07_lora.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

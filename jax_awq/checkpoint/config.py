@@ -101,22 +101,24 @@ def read_model_config(folder: Path) -> dict[str, Any]:
         return {}
     values = read_json(file)
     values |= _typed(file, values, "text_config", dict) or {}
-    old = {"dtype": values.pop("torch_dtype", None)}
-    theta, scaling = values.pop("rope_theta", None), values.pop("rope_scaling", None)
-    rope = dict(scaling or {}) | ({} if theta is None else {"rope_theta": theta})
+    dtype = {"dtype": values.pop("torch_dtype", None)}
+    rope = dict(_typed(file, values, "rope_scaling", dict) or {})
+    values.pop("rope_scaling", None)
+    if (theta := values.pop("rope_theta", None)) is not None:
+        rope["rope_theta"] = theta
     if "type" in rope:
         rope.setdefault("rope_type", rope.pop("type"))
     new = _typed(file, values, "rope_parameters", dict)
-    if new is not None:
-        old |= {key: value for key, value in rope.items() if key in new}
-    elif rope:
-        values["rope_parameters"] = {"rope_type": "default", **rope}
-    for name, value in old.items():
-        at = new if new is not None and name in new else values
-        if value is not None and at.setdefault(name, value) != value:
-            raise ValueError(
-                f"load_hf: {file}: {name} is {at[name]!r}, but the older names say {value!r}"
-            )
+    if new is None and rope:
+        new = values["rope_parameters"] = {"rope_type": "default"} | rope
+    # Where each kind of layer has its own, the older names cannot have said anything.
+    flat = new is not None and not any(isinstance(v, dict) for v in new.values())
+    for at, old in ((values, dtype), (new, rope if flat else {})):
+        for name, value in old.items():
+            if value is not None and at.setdefault(name, value) != value:
+                raise ValueError(
+                    f"load_hf: {file}: {name} is {at[name]!r}, but the older names say {value!r}"
+                )
     return values
 
 

@@ -67,13 +67,9 @@ def load_hf(
     folder = Path(path)
     tensors = find_tensors(folder)
     config = read_config(folder)
-    linears = find_linears(tensors, config)
-    check_counts(folder, tensors)
-    packed = {t.name for linear in linears.values() for t in linear.parts.values()}
-    plain = {name: t for name, t in tensors.items() if name not in packed}
-    for name in linears:
-        if name in plain:
-            raise ValueError(f"load_hf: {plain[name]} has the name of a quantized linear")
+    linears = {m: read_linear(m, parts, config) for m, parts in linear_parts(tensors).items()}
+    check_whole(folder, tensors, linears)
+    plain = other_tensors(tensors, linears)
 
     result: dict[str, AWQWeight | PermutedWeight | Array] = {}
     with open_tensors() as read:
@@ -91,25 +87,40 @@ def load_hf(
     return result
 
 
-def find_linears(tensors: dict[str, Tensor], config: QuantConfig) -> dict[str, Linear]:
-    """The quantized linears by module path, every one of their headers checked."""
+def linear_parts(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each quantized linear by its module path and the last part of their names."""
     modules: dict[str, dict[str, Tensor]] = collections.defaultdict(dict)
     for name, tensor in tensors.items():
         module, _, part = name.rpartition(".")
         modules[module][part] = tensor
-    linears = {}
-    for module, parts in modules.items():
-        if is_linear(parts):
-            found = format_of(parts, config)
-            geometry = found.geometry(module, parts, config)
-            names = found.names(parts, config)
-            linears[module] = Linear(found, {name: parts[name] for name in names}, geometry)
+    return {module: parts for module, parts in modules.items() if is_linear(parts)}
+
+
+def read_linear(module: str, parts: dict[str, Tensor], config: QuantConfig) -> Linear:
+    """A linear by its headers, which are checked."""
+    found = format_of(parts, config)
+    geometry = found.geometry(module, parts, config)
+    return Linear(found, {name: parts[name] for name in found.names(parts, config)}, geometry)
+
+
+def other_tensors(tensors: dict[str, Tensor], linears: dict[str, Linear]) -> dict[str, Tensor]:
+    """The tensors that are no part of a quantized weight."""
+    packed = {t.name for linear in linears.values() for t in linear.parts.values()}
+    return {name: t for name, t in tensors.items() if name not in packed}
+
+
+def check_whole(folder: Path, tensors: dict[str, Tensor], linears: dict[str, Linear]) -> None:
+    """Checks what no linear tells by itself: that there are any, none too few, and their names."""
     if not linears:
         files = ", ".join(sorted({str(t.file) for t in tensors.values()}))
         raise ValueError(
-            f"load_hf: {files} has no quantized linear, but {config.file} describes quantization"
+            f"load_hf: {files} has no quantized linear, but the configuration in {folder} "
+            "describes quantization"
         )
-    return linears
+    check_counts(folder, tensors)
+    for name in linears:
+        if name in tensors:
+            raise ValueError(f"load_hf: {tensors[name]} has the name of a quantized linear")
 
 
 def _read_weight(linear: Linear, read: Any) -> AWQWeight | PermutedWeight:

@@ -1,6 +1,6 @@
 """An Equinox model of one's own, its linears replaced by those of an AWQ checkpoint.
 
-python examples/05_replace_layers.py
+python examples/06_replace_layers.py
 """
 
 import sys

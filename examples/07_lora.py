@@ -1,6 +1,6 @@
 """A LoRA on a frozen AWQ Llama: a Flax NNX model of one's own, with the weights of a checkpoint.
 
-python examples/06_lora.py
+python examples/07_lora.py
 """
 
 import json

@@ -1,6 +1,6 @@
 """AWQ itself: the MLPs of a small float model, quantized with calibration data.
 
-python examples/07_quantize.py
+python examples/08_quantize.py
 """
 
 import sys
