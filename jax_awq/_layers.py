@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from jax_awq._checks import FLOATS, check_choice, check_dtype, check_shape
 from jax_awq.ops._epilogue import ACTIVATIONS
-from jax_awq.weights import AWQWeight
+from jax_awq.weights import WEIGHTS, AWQWeight, PermutedWeight
 
 _SHOWN = 8  # linears of a model in a message
 
@@ -21,8 +21,10 @@ class Linear(NamedTuple):
 
 
 def check_layer(op: str, weight: Any, bias: Any, activation: str | None) -> None:
-    if not isinstance(weight, AWQWeight):
-        raise TypeError(f"{op}: weight must be an AWQWeight, got {type(weight).__name__}")
+    if not isinstance(weight, WEIGHTS):
+        raise TypeError(
+            f"{op}: weight must be an AWQWeight or a PermutedWeight, got {type(weight).__name__}"
+        )
     if bias is not None:
         check_dtype(op, "bias", bias, *FLOATS)
         check_shape(op, "bias", bias, (*weight.shape[:-2], weight.shape[-1]))
@@ -31,14 +33,14 @@ def check_layer(op: str, weight: Any, bias: Any, activation: str | None) -> None
 
 def match_weights(
     linears: Mapping[str, Linear], weights: Mapping[str, Any], predicate: Predicate | None
-) -> dict[str, tuple[AWQWeight, Any]]:
+) -> dict[str, tuple[AWQWeight | PermutedWeight, Any]]:
     """{path: (weight, bias or None)} of the linears to replace.
 
     Raises:
       ValueError: a weight or a linear without its counterpart, or of another shape; every one is
         named.
     """
-    quantized = {path: w for path, w in weights.items() if isinstance(w, AWQWeight)}
+    quantized = {path: w for path, w in weights.items() if isinstance(w, WEIGHTS)}
     unmatched = [path for path in quantized if path not in linears]
     problems = [f"{path} is unused: the model has no linear of that path" for path in unmatched]
     if unmatched:

@@ -9,7 +9,7 @@ from jax import Array
 
 from jax_awq._layers import Linear, Predicate, check_layer, match_weights
 from jax_awq.ops.awq_gemm import awq_gemm
-from jax_awq.weights import AWQWeight
+from jax_awq.weights import WEIGHTS, AWQWeight, PermutedWeight
 
 try:
     import equinox as eqx
@@ -28,28 +28,35 @@ class AWQLinear(eqx.Module):
     scales never promote it, since the kernels take 16-bit activations.
 
     Args:
-      weight: `AWQWeight` (K, N), or stacked (E, K, N) for `eqx.filter_vmap` and `jax.lax.scan`.
+      weight: `AWQWeight` or `PermutedWeight` (K, N), or stacked (E, K, N) for `eqx.filter_vmap`
+        and `jax.lax.scan`.
       bias: ``(N,)`` or ``(E, N)`` float, or None.
       activation: None, "relu", "gelu", "gelu_tanh" or "silu", inside the kernel.
 
     Attributes:
-      weight: the `AWQWeight`, inputs first; `eqx.nn.Linear` has outputs first.
+      weight: that weight, inputs first; `eqx.nn.Linear` has outputs first.
       bias: array or None.
       in_features, out_features, use_bias: as in `eqx.nn.Linear`.
 
     Raises:
       ValueError: the shape of `bias`, or an unknown `activation`.
-      TypeError: `weight` is no `AWQWeight`, or `bias` not float.
+      TypeError: `weight` is neither of the two, or `bias` not float.
     """
 
-    weight: AWQWeight
+    weight: AWQWeight | PermutedWeight
     bias: Array | None
     in_features: int = eqx.field(static=True)
     out_features: int = eqx.field(static=True)
     use_bias: bool = eqx.field(static=True)
     activation: str | None = eqx.field(static=True)
 
-    def __init__(self, weight: AWQWeight, bias: Any = None, *, activation: str | None = None):
+    def __init__(
+        self,
+        weight: AWQWeight | PermutedWeight,
+        bias: Any = None,
+        *,
+        activation: str | None = None,
+    ):
         check_layer("AWQLinear", weight, bias, activation)
         self.weight = weight
         self.bias = bias
@@ -72,24 +79,26 @@ class AWQLinear(eqx.Module):
 
 
 def is_awq_weight(node: Any) -> bool:
-    """Whether a node of a model is an `AWQWeight`.
+    """Whether a node of a model is an `AWQWeight` or a `PermutedWeight`.
 
     As `is_leaf` it keeps weights whole, so that a filter of arrays freezes them, scales and all:
     ``eqx.partition(model, eqx.is_inexact_array, is_leaf=is_awq_weight)``.
     """
-    return isinstance(node, AWQWeight)
+    return isinstance(node, WEIGHTS)
 
 
 def replace_linears(
-    model: M, weights: Mapping[str, AWQWeight | Array], predicate: Predicate | None = None
+    model: M,
+    weights: Mapping[str, AWQWeight | PermutedWeight | Array],
+    predicate: Predicate | None = None,
 ) -> M:
     """An Equinox model with `AWQLinear` in place of `eqx.nn.Linear`.
 
     Args:
       model: any pytree of modules; that of ``eqx.filter_eval_shape`` too, which spends no memory on
         the weights that are replaced. Only layers of the very class `eqx.nn.Linear` are seen.
-      weights: as `load_hf` gives them, ``{path: AWQWeight, path.bias: Array}``; paths are those of
-        the model, ``layers.0.mlp.up_proj``. Other arrays are left to the caller.
+      weights: as `load_hf` gives them, ``{path: weight, path.bias: Array}``; paths are those of the
+        model, ``layers.0.mlp.up_proj``. Other arrays are left to the caller.
       predicate: function of a path and its `eqx.nn.Linear`, whether to replace it; by default those
         that `weights` has are. A linear that it refuses stays, with or without a weight.
 

@@ -11,7 +11,7 @@ from jax_awq._checks import check_shape
 from jax_awq._layers import Linear, Predicate, check_layer, match_weights
 from jax_awq.ops.awq_gemm import awq_gemm
 from jax_awq.quantize.rtn import round_to_nearest
-from jax_awq.weights import AWQWeight
+from jax_awq.weights import AWQWeight, PermutedWeight
 
 try:
     from flax import linen, nnx
@@ -24,7 +24,7 @@ M = TypeVar("M", bound=nnx.Module)
 
 
 class AWQParam(nnx.Variable):
-    """The variable of an `AWQWeight`. It is no `nnx.Param`, so gradients and optimizers of
+    """The variable of a 4-bit weight. It is no `nnx.Param`, so gradients and optimizers of
     `nnx.Param`, their default, or of `nnx.LoRAParam` leave its integers alone.
     """
 
@@ -36,26 +36,26 @@ class AWQLinear(nnx.Module):
     the scales never promote it, since the kernels take 16-bit activations.
 
     Args:
-      weight: `AWQWeight` (K, N), or stacked (E, K, N) for inputs (E, ..., K).
+      weight: `AWQWeight` or `PermutedWeight` (K, N), or stacked (E, K, N) for inputs (E, ..., K).
       bias: ``(N,)`` or ``(E, N)`` float, or None.
       dtype: to which the inputs are cast; None leaves them as they are.
       preferred_element_type: dtype of the result, by default that of the (cast) inputs.
       activation: None, "relu", "gelu", "gelu_tanh" or "silu", inside the kernel.
 
     Attributes:
-      kernel: `AWQParam` of the `AWQWeight`.
+      kernel: `AWQParam` of that weight.
       bias: `nnx.Param` or None.
       in_features, out_features, use_bias, dtype, param_dtype: as in `nnx.Linear`; `param_dtype` is
         the dtype of the scales.
 
     Raises:
       ValueError: the shape of `bias`, or an unknown `activation`.
-      TypeError: `weight` is no `AWQWeight`, or `bias` not float.
+      TypeError: `weight` is neither of the two, or `bias` not float.
     """
 
     def __init__(
         self,
-        weight: AWQWeight,
+        weight: AWQWeight | PermutedWeight,
         bias: Any = None,
         *,
         dtype: Any = None,
@@ -87,9 +87,9 @@ class AWQLinear(nnx.Module):
 class AWQDense(linen.Module):
     """`linen.Dense` with a frozen 4-bit kernel.
 
-    The bias is in the collection "params", the kernel, an `AWQWeight`, in "awq": gradients and
-    optimizers of "params" never see its integers. `init` rounds a random kernel to nearest; that
-    of a checkpoint is put in its place: ``variables["awq"]`` is what
+    The bias is in the collection "params", the kernel, an `AWQWeight` or `PermutedWeight`, in
+    "awq": gradients and optimizers of "params" never see its integers. `init` rounds a random
+    kernel to nearest; that of a checkpoint is put in its place: ``variables["awq"]`` is what
     `flax.traverse_util.unflatten_dict` makes of ``{(*path.split("."), "kernel"): weight}``.
 
     Attributes:
@@ -136,14 +136,16 @@ class AWQDense(linen.Module):
 
 
 def replace_linears(
-    model: M, weights: Mapping[str, AWQWeight | Array], predicate: Predicate | None = None
+    model: M,
+    weights: Mapping[str, AWQWeight | PermutedWeight | Array],
+    predicate: Predicate | None = None,
 ) -> M:
     """An NNX model with `AWQLinear` in place of `nnx.Linear`.
 
     Args:
       model: any NNX module; that of ``nnx.eval_shape`` too, which spends no memory on the kernels
         that are replaced. Only layers of the very class `nnx.Linear` are seen.
-      weights: as `load_hf` gives them, ``{path: AWQWeight, path.bias: Array}``; paths are those of
+      weights: as `load_hf` gives them, ``{path: weight, path.bias: Array}``; paths are those of
         the model, ``layers.0.mlp.up_proj``, of a shared layer the first that `nnx.iter_modules`
         gives. Other arrays are left to the caller.
       predicate: function of a path and its `nnx.Linear`, whether to replace it; by default those

@@ -29,8 +29,13 @@ def to_qarray(weight: AWQWeight) -> QArray:
       `QArray` of shape ``(..., K, N)`` whose scale and zero_point have K/group_size rows; without
       zero points, where all are 8, zero_point is None.
 
+    Raises:
+      TypeError: `weight` is no `AWQWeight`; the groups of a `PermutedWeight` are no tiles.
+
     Source: qwix 0.1.8, QArray.
     """
+    if not isinstance(weight, AWQWeight):
+        raise TypeError(f"to_qarray: weight must be an AWQWeight, got {type(weight).__name__}")
     codes, zeros, scales = decode(
         *(weight.qweight, weight.scales, weight.qzeros),
         layout=weight.layout,

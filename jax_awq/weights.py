@@ -190,6 +190,8 @@ class PermutedWeight:
         return f"PermutedWeight({self.weight!r}, perm={_shape_of(self.perm)})"
 
 
+WEIGHTS = (AWQWeight, PermutedWeight)  # what an op takes in place of the arrays of a weight
+
 # Lets `jax.export` store a function that takes or gives a weight; the names are in its files.
 export.register_pytree_node_serialization(
     AWQWeight,

@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import checkpoints
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from jax_awq import models
+from jax_awq.checkpoint.formats import READABLE
 
 tokenizers = pytest.importorskip("tokenizers")
 testing = pytest.importorskip("typer.testing")
@@ -134,6 +136,38 @@ def test_inspect_tells_problems(tmp_path, change, config, message):
     assert "no problems" not in found.stdout
     with pytest.raises(ValueError, match=message):
         models.load(folder)
+
+
+@pytest.mark.parametrize("name", checkpoints.WRITERS)
+def test_survey_of_every_format(tmp_path, name):
+    made, tensors, config = checkpoints.format_sample(name, "groups of 32")
+    checkpoints.write(tmp_path, checkpoints.named(tensors), config)
+    (entry,) = survey(tmp_path).entries
+    assert (entry.name, entry.shape, entry.group_size) == (checkpoints.LINEAR, made.codes.shape, 32)
+    assert entry.size == sum(array.nbytes for array in tensors.values())
+    assert entry.kind == {type(f).__name__: f.title for f in READABLE}[name]
+
+
+def test_every_broken_linear_is_told(tmp_path):
+    folder = copy(tmp_path)
+    names = [f"model.layers.{layer}.mlp.up_proj" for layer in (0, 1)]
+    change_tensors(folder, lambda t: [t.pop(f"{name}.scales") for name in names])
+    found = survey(folder)
+    assert len(found.problems) == 2
+    for name, problem in zip(names, found.problems, strict=True):
+        assert f"{name}.scales is missing" in problem
+    assert "model.layers.1.mlp.gate_proj" in {entry.name for entry in found.entries}
+
+
+def test_a_layer_that_is_left_out(tmp_path):
+    folder = copy(tmp_path)
+
+    def drop(tensors):
+        for name in [n for n in tensors if ".layers.0." in n]:
+            del tensors[name]
+
+    change_tensors(folder, drop)
+    assert "model.layers.0 is missing" in run("inspect", folder).stdout
 
 
 def test_inspect_of_no_checkpoint(tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from layers import dense_of, linear_of, problem_of
 
-from jax_awq import AWQWeight
+from jax_awq import AWQWeight, PermutedWeight
 from jax_awq.testing import assert_close, assert_close_to_float64
 
 eqx = pytest.importorskip("equinox")
@@ -60,6 +60,15 @@ def test_equinox(rng, dtype, layout, bias, activation):
     assert_close_to_float64(eqx.filter_jit(mapped)(problem.x), problem)
     one = dataclasses.replace(problem, x=problem.x[0, 0])
     assert_close_to_float64(layer(one.x, key=jax.random.key(0)), one)
+
+
+def test_linen_with_permuted_inputs(rng):
+    problem = problem_of(rng, (2, 3))
+    perm = rng.permutation(128).astype(np.int32)
+    module, variables = dense_of(problem, awq_flax)
+    variables["awq"]["kernel"] = PermutedWeight(problem.weight, perm)
+    x = problem.x[..., np.argsort(perm)]
+    assert_close_to_float64(module.apply(variables, x), problem)
 
 
 def test_dtypes(rng):
@@ -233,7 +242,11 @@ def test_out_sharding(rng):
             r"bias must have shape \(48,\), got \(8,\)",
         ),
         ({"bias": np.zeros(48, np.int32)}, TypeError, "bias must be float16 or"),
-        ({"weight": np.zeros((4, 4))}, TypeError, "weight must be an AWQWeight, got ndarray"),
+        (
+            {"weight": np.zeros((4, 4))},
+            TypeError,
+            "weight must be an AWQWeight or a Perm.*, got nd",
+        ),
         ({"activation": "tanh"}, ValueError, "activation must be one of"),
     ],
 )

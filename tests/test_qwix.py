@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_awq import PermutedWeight
 from jax_awq.testing import dequantize_float64, random_weight
 
 qwix = pytest.importorskip("qwix", reason="qwix is not installed")
@@ -76,6 +77,12 @@ def test_zero_points_of_other_tiles_than_the_scales(rng):
     array = dataclasses.replace(array, scale=jnp.repeat(array.scale[:1], 2, axis=0))
     array = dataclasses.replace(array, zero_point=jnp.repeat(array.zero_point, 3, axis=0))
     assert awq_qwix.from_qarray(array).group_size == 16
+
+
+def test_permuted_inputs_have_no_tiles(rng):
+    weight = PermutedWeight(random_weight(rng, 64, 8, group_size=32), np.arange(64, dtype=np.int32))
+    with pytest.raises(TypeError, match="weight must be an AWQWeight, got PermutedWeight"):
+        awq_qwix.to_qarray(weight)
 
 
 @pytest.mark.parametrize("qtype", [jnp.int8, "nf4"])

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_awq import PermutedWeight
 from jax_awq.testing import assert_close_to_float64, random_problem
 
 eqx = pytest.importorskip("equinox")
@@ -93,6 +94,24 @@ def test_all(library, abstract, problems, weights):
         assert type(layer) is library.AWQLinear
         assert_close_to_float64(layer(problem.x), problem)
     assert type(model.head) is float_linear(library)
+
+
+@LIBRARIES
+def test_permuted_inputs(library, problems, weights, rng):
+    perms = {path: rng.permutation(p.x.shape[-1]).astype(np.int32) for path, p in problems.items()}
+    weights |= {path: PermutedWeight(weights[path], perm) for path, perm in perms.items()}
+    model = library.replace_linears(make(library), weights)
+    for path, problem in problems.items():
+        layer = at(model, path)
+        assert type(layer) is library.AWQLinear
+        assert_close_to_float64(layer(problem.x[..., np.argsort(perms[path])]), problem)
+    # Neither scales nor permutations are to be trained: biases, and the head.
+    if library is awq_flax:
+        trained = nnx.state(model, nnx.Param)
+    else:
+        is_leaf = awq_equinox.is_awq_weight
+        trained, _ = eqx.partition(model, eqx.is_inexact_array, is_leaf=is_leaf)
+    assert len(jax.tree.leaves(trained)) == 4
 
 
 @LIBRARIES

@@ -168,16 +168,11 @@ def fuse(parts: dict[str, Linear], name: str) -> dict[str, Linear]:
 
 
 def _kind(weight: Any) -> Any:
-    """What has to agree for weights to be fused; None for what cannot be."""
+    """What has to agree for weights to be fused; None for what cannot be, as with a permutation."""
     if not isinstance(weight, AWQWeight):
         return None
-    others = [f.name for f in dataclasses.fields(weight) if f.name not in _ARRAYS]
-    static = [getattr(weight, name) for name in others]
-    # An array beside the three, such as a permutation of the input, belongs to one linear.
-    if not all(value is None or isinstance(value, str | int) for value in static):
-        return None
     dtypes = [getattr(getattr(weight, name), "dtype", None) for name in _ARRAYS]
-    return static, dtypes, weight.shape[0]
+    return weight.layout, weight.group_size, dtypes, weight.shape[0]
 
 
 class _Source:

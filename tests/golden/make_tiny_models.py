@@ -156,13 +156,14 @@ def expected(model: torch.nn.Module, vocab_size: int) -> dict[str, np.ndarray]:
         greedy = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
         padded = model.generate(ids, attention_mask=mask, **options)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
+        padded_logits = model(ids, attention_mask=mask, position_ids=positions).logits
         top = model(greedy).logits[:, ids.shape[1] - 1 : -1].topk(2).values
         print(model.config.model_type, "smallest margin", float((top[..., 0] - top[..., 1]).min()))
         return {
             "input_ids": ids.numpy().astype(np.int32),
             "logits": model(ids).logits.numpy(),
             "attention_mask": mask.numpy().astype(np.int32),
-            "padded_logits": model(ids, attention_mask=mask, position_ids=positions).logits.numpy(),
+            "padded_logits": padded_logits[1, 6:].numpy(),
             "greedy_ids": greedy.numpy().astype(np.int32),
             "padded_greedy_ids": padded.numpy().astype(np.int32),
         }

@@ -1,8 +1,11 @@
 """From tensors to parameters: fusing bit for bit, mixed checkpoints, and what has no place."""
 
+import dataclasses
+import json
 import shutil
 from pathlib import Path
 
+import checkpoints
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,6 +107,53 @@ def test_linears_left_in_float(tmp_path, name, linears):
     want = np.load(GOLDEN / name / "expected.npz")
     model = models.load(folder, dtype="float32")
     np.testing.assert_allclose(model.logits(want["input_ids"]), want["logits"], rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [("tiny-llama", "unrolled"), ("tiny-llama", "stacked"), ("tiny-qwen3-moe", "unrolled")],
+)
+def test_act_order(tmp_path, name, layers, rng):
+    """Every linear in GPTQ's format with inputs in another order, beside the same weights dense."""
+    shutil.copytree(GOLDEN / name, tmp_path, dirs_exist_ok=True)
+    packed = load_file(tmp_path / "model.safetensors")
+    dense = dict(packed)
+    for scales in [n for n in packed if n.endswith(".scales")]:
+        linear = scales.removesuffix(".scales")
+        groups, n = packed[scales].shape
+        made = checkpoints.sample(k=32 * groups, n=n, group_size=32, dtype=np.float32, least_zero=1)
+        made = dataclasses.replace(
+            made,
+            codes=rng.integers(0, 16, made.codes.shape),
+            group=rng.permutation(made.group),
+            act_order=True,
+        )
+        for part in ("qweight", "scales", "qzeros"):
+            del packed[f"{linear}.{part}"], dense[f"{linear}.{part}"]
+        tensors, quantization = checkpoints.write_gptq(made)
+        packed |= checkpoints.named(tensors, linear)
+        # A checkpoint without any quantized linear is refused.
+        last = linear.endswith("layers.1.self_attn.o_proj")
+        dense |= (
+            checkpoints.named(tensors, linear) if last else {f"{linear}.weight": made.dense().T}
+        )
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"quantization_config": quantization})
+    )
+    logits = []
+    for tensors, form in ((packed, layers), (dense, "unrolled")):
+        tensors = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
+        save_file(tensors, tmp_path / "model.safetensors")
+        model = models.load(tmp_path, dtype="float32", layers=form)
+        logits.append(model.logits(np.arange(2, 12)[None]))
+    found = [w for w in jax.tree.leaves(model.params, is_leaf=_permuted) if _permuted(w)]
+    assert len(found) == 1
+    np.testing.assert_allclose(*logits, rtol=0, atol=1e-4)
+
+
+def _permuted(node):
+    return isinstance(node, jax_awq.PermutedWeight)
 
 
 def test_quantized_head(tmp_path):
