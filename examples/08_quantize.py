@@ -1,16 +1,17 @@
-"""AWQ itself: the MLPs of a small float model, quantized with calibration data.
+"""AWQ itself: the MLPs of a small float model, quantized with calibration data, saved and loaded.
 
 python examples/08_quantize.py
 """
 
 import sys
 import tempfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_awq import AWQWeight
+from jax_awq import AWQWeight, load_hf, save_hf
 from jax_awq.quantize import Block, quantize, round_to_nearest
 
 LAYERS, HIDDEN, INTERMEDIATE, GROUP_SIZE = 2, 256, 512, 64
@@ -81,8 +82,26 @@ def main() -> int:
         errors[name] = float(jnp.linalg.norm(difference) / jnp.linalg.norm(want))
         print(f"{name}: error {errors[name]:.4f} on data that it has not seen")
     good = errors["AWQ"] < 0.9 * errors["round to nearest"]
+
+    with tempfile.TemporaryDirectory() as folder:
+        # config.json of the model; what it says about the quantization is added.
+        save_hf(folder, awq, {"model_type": "mlps", "num_hidden_layers": LAYERS})
+        size = (Path(folder) / "model.safetensors").stat().st_size
+        dense_size = sum(array.nbytes for array in params.values())
+        print(f"saved: {size} bytes, the float model has {dense_size}")
+        same = equal(load_hf(folder), awq)
+    print(f"loaded again, equal: {same}")
+    good &= same
     print("good" if good else "FAILED")
     return 0 if good else 1
+
+
+def equal(a: dict, b: dict) -> bool:
+    """Whether two trees have the same structure, layouts and group sizes in it, and bits."""
+    if jax.tree.structure(a) != jax.tree.structure(b):
+        return False
+    same = jax.tree.map(lambda x, y: x.dtype == y.dtype and bool((x == y).all()), a, b)
+    return all(jax.tree.leaves(same))
 
 
 if __name__ == "__main__":

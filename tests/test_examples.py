@@ -160,3 +160,6 @@ def test_quantize():
     assert "6 linears quantized" in output
     plain, awq = (float(error) for error in re.findall(r"error (\d\.\d+) on data", output))
     assert 0 < awq < 0.9 * plain
+    packed, dense = map(int, re.search(r"saved: (\d+) bytes, .* (\d+)", output).groups())
+    assert packed < dense / 6
+    assert "loaded again, equal: True" in output
