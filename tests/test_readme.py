@@ -13,23 +13,23 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def test_usage_runs(monkeypatch, capsys):
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    readme = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", readme, re.M | re.S)
     assert blocks
     monkeypatch.chdir(ROOT)
     scope: dict = {}
     exec("".join(blocks), scope)
-    printed = capsys.readouterr().out.splitlines()
-    shown = re.findall(r"^print\(.*\n# (.*)$", "".join(blocks), re.M)
-    assert shown
-    assert set(shown) <= set(printed)
+    printed = capsys.readouterr().out
+    comments = re.findall(r"^print\(.*\n# (.*\n)", "".join(blocks), re.M)
+    outputs = re.findall(r"^```\n\n```text\n(.*?)^```", readme, re.M | re.S)
+    assert comments
+    assert outputs
+    assert all(f"\n{text}" in f"\n{printed}" for text in comments + outputs)
     assert scope["y"].shape == (2, 24, 1536)
     assert scope["w"].shape == scope["gate"].shape
-    output = capsys.readouterr().out
-    shown = re.findall(r"^```\n\n```text\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
-    assert shown
-    assert all(text in output for text in shown)
-    assert jax.tree.all(jax.tree.map(jnp.array_equal, scope["again"], scope["params"]))
     assert scope["dx"].shape == scope["x"].shape
+    assert scope["ids"].shape == (1, 23)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, scope["again"], scope["params"]))
 
 
 def test_performance_table_is_the_committed_result():
