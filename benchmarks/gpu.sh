@@ -2,13 +2,14 @@
 # What is run on a machine with a GPU. Its results are files in OUT; the installation goes to
 # build/gpu, not into the environment.
 #
-#     benchmarks/gpu.sh OUT [build | WHEEL.whl] [test] [sanitize] [bench] [ptx]
+#     benchmarks/gpu.sh OUT [build | WHEEL.whl] [test] [sanitize] [bench] [shapes] [ptx]
 #
 #   build     builds and installs the kernels for the GPU of this machine
 #   WHEEL     installs that wheel
 #   test      gpu_tests.json
 #   sanitize  sanitizers.json: compute-sanitizer with each of its tools
 #   bench     awq_gemm.json, awq_dequantize.json, decode.json
+#   shapes    adds other weights and group sizes to awq_gemm.json, which is in OUT
 #   ptx       gpu_tests_ptx75.json, gpu_tests_ptx80.json: the kernels of older GPUs, as PTX alone
 #
 # SITE=<folder with jax_awq and its extension> takes another installation, WORKERS=<n> as many
@@ -16,7 +17,7 @@
 set -uo pipefail
 
 if [ $# -lt 2 ]; then
-  sed -n '2,15s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,16s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
 mkdir -p "$1"
@@ -88,6 +89,15 @@ for word in "$@"; do
       python3 -m jax_awq.bench awq_gemm --dtypes float16 bfloat16 --json "$OUT/awq_gemm.json" &&
         python3 -m jax_awq.bench awq_dequantize --json "$OUT/awq_dequantize.json" &&
         python3 -m jax_awq.bench decode --json "$OUT/decode.json"
+      ;;
+    shapes)
+      more() { python3 -m jax_awq.bench awq_gemm --json "$OUT/awq_gemm.json" --merge "$@"; }
+      more --dtypes float16 --impls jax_awq xla_dense read --m 1 16 32 64 128 256 512 1024 2048 \
+        --shapes 4096x6144 8192x10240 28672x8192 5120x5120 11008x4096 &&
+        for group in 64 32; do
+          more --dtypes float16 --impls jax_awq read --m 1 16 64 256 1024 \
+            --shapes 4096x4096 8192x28672 --group-size $group || exit
+        done
       ;;
     ptx)
       for arch in 75 80; do

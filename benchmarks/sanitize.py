@@ -26,6 +26,8 @@ PRODUCTS = (
     (20, 136, 640, -1, jnp.float16, "oc_major", 9),
     (20, 96, 136, 32, jnp.float16, "gemm", 1),
     (5, 100, 72, -1, jnp.bfloat16, "gemm", 1),
+    (20, 320, 288, 64, jnp.float16, "gemm", 3),
+    (9, 640, 288, 32, jnp.bfloat16, "gemm", 1),
 )
 
 

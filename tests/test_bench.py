@@ -1,5 +1,6 @@
 """The benchmark: what its programs compile to, and its files and tables. Nothing is timed here."""
 
+import dataclasses
 import importlib.util
 import json
 import re
@@ -31,7 +32,7 @@ ROW = {
 
 
 OPTIONS = ["--shapes", "256x128", "--repeats", "1", "--min-weight-mb", "0", "--json"]
-GEMM = impls.IMPLS["awq_gemm"]
+GEMM = {name: impl for name, impl in impls.IMPLS["awq_gemm"].items() if name != "read"}
 
 
 def program(name, *, iterations, copies=3):
@@ -203,3 +204,31 @@ def test_gpu_tests_are_counted(tmp_path):
         ],
         "skipped": [{"test": "tests.a::left", "message": "sm_75"}],
     }
+
+
+def test_read_is_one_row_of_its_own(monkeypatch):
+    """Timed once per weight, with the fastest launch; no GPU here, so its call is replaced."""
+    launches = []
+
+    def read(x, *weight, launch):
+        launches.append(launch)
+        return weight[0][:1, :1] ^ launch
+
+    read_impl = dataclasses.replace(impls.IMPLS["awq_gemm"]["read"], run=read)
+    monkeypatch.setitem(impls.IMPLS["awq_gemm"], "read", read_impl)
+    (rows,) = run.run(
+        "awq_gemm",
+        [problems.Problem(256, 128)],
+        [1, 2],
+        ["float16"],
+        ["read"],
+        repeats=1,
+        min_seconds=0.0,
+        min_weight_bytes=0,
+    )
+    assert [(row["impl"], row["M"]) for row in rows] == [("read", 0)]
+    assert set(launches) == set(range(6))
+    assert rows[0]["floor_us"] == round(CASE.packed_bytes / run.READ_BYTES_PER_SECOND * 1e6, 3)
+    lines = report.overview([*rows, ROW], "float16").splitlines()
+    assert lines[2] == f"| read | {rows[0]['us']:.1f} |"
+    assert lines[3].startswith("| 1 |")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_awq.bench import decode, report
-from jax_awq.bench.impls import IMPLS
+from jax_awq.bench.impls import IMPLS, can_read
 from jax_awq.bench.run import READ_BYTES_PER_SECOND, run
 from jax_awq.bench.timing import METHOD, MIN_WEIGHT_BYTES
 from jax_awq.problems import BENCH_PROBLEMS, BENCH_ROWS, PROBLEMS, Problem
@@ -88,7 +88,8 @@ def _parser() -> argparse.ArgumentParser:
             bench.set_defaults(m=[0])
         dtypes = ["float16", "bfloat16"]
         bench.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=dtypes)
-        bench.add_argument("--impls", nargs="+", default=list(impls), choices=list(impls))
+        here = [name for name in impls if name != "read" or can_read()]
+        bench.add_argument("--impls", nargs="+", default=here, choices=here)
         bench.add_argument("--group-size", type=int, default=128)
         bench.add_argument("--repeats", type=int, default=7)
         bench.add_argument(

@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 
 import jax_awq
+from jax_awq import _ffi
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +48,17 @@ class Impl:
       make_weight: from a random key and a case to these arrays, on the device.
       weight_bytes: of these arrays.
       moved_bytes: of weight, x and result together: what has to be moved at least.
+      launches: ways to launch it, chosen by the keyword `launch` of `run`, of which the fastest
+        counts; 1 where there is no choice and no keyword.
+      takes_x: whether there is a row for every M, or one with M = 0.
     """
 
     run: Callable[..., Array]
     make_weight: Callable[[Array, Case], tuple[Array, ...]]
     weight_bytes: Callable[[Case], int]
     moved_bytes: Callable[[Case], int]
+    launches: int = 1
+    takes_x: bool = True
 
 
 def make_x(key: Array, case: Case) -> Array:
@@ -106,6 +112,16 @@ def xla_unpack(x: Array, *weight: Array) -> Array:
     return jnp.dot(x, xla_dequantize(x.dtype, *weight))
 
 
+def read(x: Array, *weight: Array, launch: int) -> Array:
+    """Streams the arrays of a weight through the device, for a benchmark only."""
+    words = jax.ShapeDtypeStruct((1, 1), jnp.uint32)
+    return _ffi.call("read", words, *weight, shape=launch)
+
+
+def can_read() -> bool:
+    return jax.default_backend() == "gpu" and "jax_awq.read" in _ffi.TARGETS
+
+
 def _packed_gemm(case: Case) -> int:
     return case.packed_bytes + case.activation_bytes
 
@@ -122,6 +138,14 @@ IMPLS: dict[str, dict[str, Impl]] = {
             jnp.dot, _dense, lambda c: c.dense_bytes, lambda c: c.dense_bytes + c.activation_bytes
         ),
         "xla_unpack": Impl(xla_unpack, _packed, lambda c: c.packed_bytes, _packed_gemm),
+        "read": Impl(
+            read,
+            _packed,
+            lambda c: c.packed_bytes,
+            lambda c: c.packed_bytes,
+            launches=6,
+            takes_x=False,
+        ),
     },
     "awq_dequantize": {
         "jax_awq": Impl(

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 import jax_awq
+from jax_awq.problems import BENCH_PROBLEMS, PROBLEMS
 
 Row = dict[str, Any]
 
@@ -61,17 +62,26 @@ def _key(row: Row) -> tuple[Any, ...]:
 
 
 def overview(rows: Iterable[Row], dtype: str) -> str:
-    """The README's table: a column a weight, "jax_awq / other / other" in microseconds."""
-    rows = [row for row in rows if row["dtype"] == dtype]
+    """The README's table: a column a weight, "jax_awq / other / other" in microseconds.
+
+    Of group size 128, and the weights that the benchmark takes when it is told nothing. A first
+    line tells what reading the weight alone takes, where that was timed.
+    """
+    rows = [row for row in rows if row["dtype"] == dtype and row["group_size"] == 128]
     weights = list(dict.fromkeys((row["K"], row["N"]) for row in rows))
-    impls = ["jax_awq", *sorted({row["impl"] for row in rows} - {"jax_awq"})]
+    shown = {(PROBLEMS[name].k, PROBLEMS[name].n) for name in BENCH_PROBLEMS}
+    weights = [weight for weight in weights if weight in shown] or weights
+    impls = ["jax_awq", *sorted({row["impl"] for row in rows} - {"jax_awq", "read"})]
     us = {(row["M"], row["K"], row["N"], row["impl"]): row["us"] for row in rows}
     lines = [
         f"| M | {' | '.join(f'{k} x {n}' for k, n in weights)} |",
         "|" + "---:|" * (len(weights) + 1),
     ]
-    for m in sorted({row["M"] for row in rows}):
-        cells = (" / ".join(_us(us.get((m, *weight, i))) for i in impls) for weight in weights)
+    if any(row["impl"] == "read" for row in rows):
+        cells = [_us(us.get((0, *weight, "read"))) for weight in weights]
+        lines.append(f"| read | {' | '.join(cells)} |")
+    for m in sorted({row["M"] for row in rows if row["impl"] != "read"}):
+        cells = [" / ".join(_us(us.get((m, *weight, i))) for i in impls) for weight in weights]
         lines.append(f"| {m} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

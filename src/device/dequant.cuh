@@ -37,6 +37,18 @@ __device__ __forceinline__ uint32_t BytePair(uint32_t word0, uint32_t word1, int
 
 __device__ __forceinline__ uint32_t Splat(uint16_t v) { return v | uint32_t{v} << 16; }
 
+// The lower of a pair of 16-bit floats.
+template <typename S>
+__device__ __forceinline__ float LowerToFloat(uint32_t pair);
+template <>
+__device__ __forceinline__ float LowerToFloat<__half>(uint32_t pair) {
+  return __half2float(__ushort_as_half(static_cast<uint16_t>(pair)));
+}
+template <>
+__device__ __forceinline__ float LowerToFloat<__nv_bfloat16>(uint32_t pair) {
+  return __uint_as_float(pair << 16);
+}
+
 template <typename T>
 struct Dequant;
 
@@ -119,6 +131,11 @@ struct Dequant<__nv_bfloat16> {
 
   __device__ static uint32_t Multiply(uint32_t v, Scale scale) {
     return Fma(v, scale.high, Fma(v, scale.low, 0x80008000u));
+  }
+
+  // By a scale that is a bfloat16 number.
+  __device__ static uint32_t Multiply(uint32_t v, uint32_t pair) {
+    return Fma(v, pair, 0x80008000u);
   }
 
  private:

@@ -76,6 +76,14 @@ struct EpilogueParams {
   DType out_dtype;
   DType bias_dtype;
   Activation activation;
+
+  // From here on, plain sums go to partials, `offset` elements in.
+  __device__ void WriteOnly(int64_t offset) {
+    y = partials + offset;
+    bias = nullptr;
+    out_dtype = DType::kF32;
+    activation = Activation::kNone;
+  }
 };
 
 __device__ __forceinline__ float Finish(const EpilogueParams& p, int64_t output, float v) {
@@ -118,6 +126,19 @@ __device__ __forceinline__ void FinishFour(const EpilogueParams& p, int64_t toke
   }
 }
 
+// The same for a sum over part of the contraction, `partial_offset` into the workspace if there.
+__device__ __forceinline__ void FinishFourOrPartial(const EpilogueParams& p, int64_t token,
+                                                    int64_t output, float4 v,
+                                                    int64_t partial_offset) {
+  if (!p.partials) return FinishFour(p, token, output, v);
+  float* to = p.partials + partial_offset + token * p.outputs + output;
+  const float values[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (output + i < p.outputs) to[i] = values[i];
+  }
+}
+
 __device__ __forceinline__ void Add(float4& sum, float4 v) {
   sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
 }
@@ -139,6 +160,95 @@ struct ResultTile {
     const int swizzle = kLaneFours == 4 ? t : (t & 1) | (t & 2) << 1;
     return reinterpret_cast<float4*>(tile) + token * (kOutputs / 4) + (output / 4 ^ swizzle);
   }
+};
+
+// How the results of a cluster change hands: every member owns an equal share of `units` pieces of
+// the tile, gets each from all members into its shared memory, and adds up in the order of ranks,
+// so that the bits never depend on timing. On one CTA alone, the same between its warps.
+struct Exchange {
+  __device__ Exchange(unsigned members, unsigned rank, unsigned units)
+      : members(members),
+        rank(rank),
+        per(max((units + members - 1) / members, 1u)),
+        own(min(per, units - min(units, rank * per))) {}
+
+  unsigned members;
+  unsigned rank;
+  unsigned per;  // units of a member, but fewer or none of the last
+  unsigned own;  // units of this member
+};
+
+// What a lane holds of one word's eight outputs: the even or the odd ones of all eight (kTiles = 2)
+// or of four, for two tokens. It swaps one token for the other half with a neighbour and stores
+// consecutive outputs of the other.
+template <int kTiles>
+class HalfWord {
+ public:
+  // `output`: first of the word; `part`: which four of it where kTiles is 1.
+  __device__ HalfWord(const EpilogueParams& p, int64_t output, int part, bool odd)
+      : output_(output + 4 * part), odd_(odd), valid_(output < p.outputs) {
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles; ++i) {
+      bias_[i] = p.bias && valid_ ? LoadAsFloat(p.bias, output_ + 2 * i + odd, p.bias_dtype) : 0.0f;
+    }
+  }
+
+  // v[j][2 * h + i]: output 2 * (2 * j + h) + odd of the word, token i of two. `token` is the one
+  // that this lane stores: the first where it has the even outputs. Called by whole warps.
+  template <bool kActivate>
+  __device__ void Store(const EpilogueParams& p, const float (&v)[kTiles][4], int64_t token) const {
+    float mine[2 * kTiles], other[2 * kTiles];
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles; ++i) {
+      float first = v[i / 2][i % 2 * 2] + bias_[i];
+      float second = v[i / 2][i % 2 * 2 + 1] + bias_[i];
+      if constexpr (kActivate) {
+        first = Activate(first, p.activation);
+        second = Activate(second, p.activation);
+      }
+      mine[i] = odd_ ? second : first;
+      other[i] = odd_ ? first : second;
+    }
+    const bool store = valid_ && token < p.m;
+    const int64_t at = token * p.outputs + output_;
+    if (p.out_dtype == DType::kF32) {
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        float4 four;
+        const float low = __shfl_xor_sync(~0u, other[2 * j], 4);
+        const float high = __shfl_xor_sync(~0u, other[2 * j + 1], 4);
+        four.x = odd_ ? low : mine[2 * j];
+        four.y = odd_ ? mine[2 * j] : low;
+        four.z = odd_ ? high : mine[2 * j + 1];
+        four.w = odd_ ? mine[2 * j + 1] : high;
+        if (store) *reinterpret_cast<float4*>(static_cast<float*>(p.y) + at + 4 * j) = four;
+      }
+      return;
+    }
+    uint32_t pairs[2 * kTiles];
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+      const uint32_t own = PackPair(mine[2 * j], mine[2 * j + 1], p.out_dtype);
+      const uint32_t swapped =
+          __shfl_xor_sync(~0u, PackPair(other[2 * j], other[2 * j + 1], p.out_dtype), 4);
+      const uint32_t even = odd_ ? swapped : own;
+      const uint32_t odd = odd_ ? own : swapped;
+      pairs[2 * j] = SelectBytes(even, odd, 0x5410);
+      pairs[2 * j + 1] = SelectBytes(even, odd, 0x7632);
+    }
+    if (!store) return;
+    uint16_t* to = static_cast<uint16_t*>(p.y) + at;
+    if constexpr (kTiles == 2) {
+      *reinterpret_cast<uint4*>(to) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    } else {
+      *reinterpret_cast<uint2*>(to) = make_uint2(pairs[0], pairs[1]);
+    }
+  }
+
+ private:
+  int64_t output_;
+  bool odd_, valid_;
+  float bias_[2 * kTiles];
 };
 
 // Sums a tile of float32 partial results over the cluster (`splits` CTAs, in rank order, so that
@@ -185,17 +295,7 @@ __device__ __forceinline__ void ReduceAndStore(const EpilogueParams& p, float* t
       continue;
     }
 #endif
-    const float4 v = *from;
-    if (p.partials) {
-      float* to = p.partials + split * partial_stride + token * p.outputs + output;
-      const float values[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (output + i < p.outputs) to[i] = values[i];
-      }
-    } else {
-      FinishFour(p, token, output, v);
-    }
+    FinishFourOrPartial(p, token, output, *from, split * partial_stride);
   }
 #if __CUDA_ARCH__ >= 900
   if (cluster) ClusterSync();  // a CTA must not leave while others read its shared memory

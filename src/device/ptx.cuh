@@ -56,6 +56,14 @@ __device__ __forceinline__ void LoadMatrix4(uint32_t (&r)[4], uint32_t address) 
                : "memory");
 }
 
+// As LoadMatrix4, each matrix transposed: lane (g, t) gets column g of rows 2t and 2t + 1.
+__device__ __forceinline__ void LoadMatrix4Transposed(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
 // d += a (16 x 16, row) * b (16 x 8, column) in float32 (9.7.15.5, mma.m16n8k16).
 template <typename T>
 __device__ __forceinline__ void Mma16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
@@ -81,17 +89,50 @@ __device__ __forceinline__ void Mma16x8x16<__nv_bfloat16>(float (&d)[4], const u
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-#if __CUDA_ARCH__ >= 900
-__device__ __forceinline__ uint32_t ClusterRank() {
-  uint32_t r;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
-  return r;
+__device__ __forceinline__ void LoadShared(uint32_t (&r)[1], uint32_t address) {
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(r[0]) : "r"(address) : "memory");
+}
+__device__ __forceinline__ void LoadShared(uint32_t (&r)[2], uint32_t address) {
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(address)
+               : "memory");
+}
+__device__ __forceinline__ void LoadShared(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
 }
 
+__device__ __forceinline__ void StoreSharedFour(uint32_t address, float4 v) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y),
+               "f"(v.z), "f"(v.w)
+               : "memory");
+}
+
+// A barrier of the first kThreads of a CTA alone (9.7.13.1, barrier.sync).
+template <int kBarrier, int kThreads>
+__device__ __forceinline__ void NamedBarrierSync() {
+  asm volatile("barrier.sync %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
+}
+
+#if __CUDA_ARCH__ >= 900
 // Every thread of the cluster arrives and waits; shared memory written before is seen after.
-__device__ __forceinline__ void ClusterSync() {
+__device__ __forceinline__ void ClusterArrive() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void ClusterWait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void ClusterSync() {
+  ClusterArrive();
+  ClusterWait();
+}
+
+// Orders nothing but the arrivals themselves: a release costs a fence of all memory.
+__device__ __forceinline__ void ClusterArriveRelaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 
 // Address of `local` in the shared memory of cluster member `rank`.
@@ -109,6 +150,77 @@ __device__ __forceinline__ float4 LoadClusterShared(uint32_t address) {
                : "memory");
   return v;
 }
+
+// Barriers in shared memory (9.7.13.15, mbarrier), completed by arrivals and by copied bytes.
+__device__ __forceinline__ void BarrierInit(uint32_t barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// Writes to the shared memory of any member of the cluster, and counts the bytes on a barrier there
+// (9.7.9.12, st.async).
+__device__ __forceinline__ void StoreAsync(uint32_t address, float4 v, uint32_t barrier) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(address),
+      "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier)
+      : "memory");
+}
+
+// Makes initialized barriers visible to the copy engine.
+__device__ __forceinline__ void BarrierInitFence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void BarrierArrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void BarrierArriveExpecting(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+
+// Waits until the phase of this parity is over.
+__device__ __forceinline__ void BarrierWait(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "WAIT:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra DONE;\n"
+      "bra WAIT;\n"
+      "DONE:\n"
+      "}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+// A box of a tensor in global memory to shared memory; what lies outside the tensor becomes zero
+// (9.7.9.25.5.2, cp.async.bulk.tensor). `map` is a CUtensorMap in the kernel's parameters.
+__device__ __forceinline__ void CopyBox(uint32_t to, const void* map, int x, int y, int z,
+                                        uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
+      "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier)
+      : "memory");
+}
+
+// Gives registers of this warpgroup back, or takes as many as to have kCount a thread (9.7.19.5,
+// setmaxnreg).
+template <int kCount>
+__device__ __forceinline__ void ReleaseRegisters() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+#endif
+}
+template <int kCount>
+__device__ __forceinline__ void AcquireRegisters() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+#endif
+}
+
 #endif
 
 }  // namespace jax_awq

@@ -7,7 +7,7 @@ namespace {
 
 // y = finish(sum over splits, in their order).
 __global__ void FinishSplitsKernel(const __grid_constant__ AwqGemmParams p) {
-  EpilogueParams epilogue = MakeEpilogue(p);
+  EpilogueParams epilogue = MakeEpilogue(p, blockIdx.z);
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= p.size()) return;
   float v = 0.0f;
@@ -25,21 +25,32 @@ cudaError_t LaunchFinishSplits(const AwqGemmParams& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
+template <typename T>
+cudaError_t LaunchTensorCores(const AwqGemmProblem& p, const AwqGemmPlan& plan,
+                              const AwqGemmBuffers& buffers, cudaStream_t stream) {
+  switch (plan.kernel) {
+    case AwqGemmKernel::kDecode:
+      return LaunchAwqGemmDecode(p, plan, buffers, stream);
+    case AwqGemmKernel::kTma:
+      return LaunchAwqGemmTma<T>(p, plan, buffers, stream);
+    case AwqGemmKernel::kWgmma:
+      return LaunchAwqGemmWgmma<T>(p, plan, buffers, stream);
+    default:
+      return LaunchAwqGemmMma<T>(p, plan, buffers, stream);
+  }
+}
+
 }  // namespace
 
 const char* LaunchAwqGemm(const AwqGemmProblem& p, const AwqGemmPlan& plan,
                           const AwqGemmBuffers& buffers, Stream stream) {
   cudaError_t error;
-  if (plan.variant == "simt") {
+  if (plan.kernel == AwqGemmKernel::kSimt) {
     error = LaunchAwqGemmSimt(p, plan, buffers, stream);
-  } else if (plan.tile_outputs == 256) {
-    error = p.x_dtype == DType::kF16 ? LaunchAwqGemmWgmma<__half>(p, plan, buffers, stream)
-                                     : LaunchAwqGemmWgmma<__nv_bfloat16>(p, plan, buffers, stream);
-  } else if (plan.tile_tokens <= 16) {
-    error = LaunchAwqGemmDecode(p, plan, buffers, stream);
+  } else if (p.x_dtype == DType::kF16) {
+    error = LaunchTensorCores<__half>(p, plan, buffers, stream);
   } else {
-    error = p.x_dtype == DType::kF16 ? LaunchAwqGemmMma<__half>(p, plan, buffers, stream)
-                                     : LaunchAwqGemmMma<__nv_bfloat16>(p, plan, buffers, stream);
+    error = LaunchTensorCores<__nv_bfloat16>(p, plan, buffers, stream);
   }
   if (error == cudaSuccess && plan.split_k > 1 && !plan.cluster) {
     error = LaunchFinishSplits(MakeParams(p, plan, buffers), stream);

@@ -29,12 +29,16 @@ struct AwqGemmProblem {
   int64_t outputs() const { return transpose ? k : n; }
 };
 
+enum class AwqGemmKernel : uint8_t { kNone, kDecode, kTma, kWgmma, kMma, kSimt };
+
 struct AwqGemmPlan {
   std::string variant;  // a kernel, or "dequantize_dot" or "reference", which JAX composes
+  AwqGemmKernel kernel = AwqGemmKernel::kNone;
   int tile_tokens = 0;
   int tile_outputs = 0;
   int split_k = 1;
-  bool cluster = false;  // splits meet in a thread block cluster; otherwise in the workspace
+  int resident_ctas = 0;  // that the device runs at once
+  bool cluster = false;   // splits meet in a thread block cluster; otherwise in the workspace
   size_t workspace_bytes = 0;
   std::vector<std::pair<std::string, std::string>> refused;  // variant, why it cannot run
 };

@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "device/epilogue.cuh"
 #include "kernels/awq_gemm.h"
 
@@ -12,6 +14,9 @@ cudaError_t LaunchAwqGemmDecode(const AwqGemmProblem&, const AwqGemmPlan&, const
                                 cudaStream_t);
 template <typename T>
 cudaError_t LaunchAwqGemmMma(const AwqGemmProblem&, const AwqGemmPlan&, const AwqGemmBuffers&,
+                             cudaStream_t);
+template <typename T>
+cudaError_t LaunchAwqGemmTma(const AwqGemmProblem&, const AwqGemmPlan&, const AwqGemmBuffers&,
                              cudaStream_t);
 template <typename T>
 cudaError_t LaunchAwqGemmWgmma(const AwqGemmProblem&, const AwqGemmPlan&, const AwqGemmBuffers&,
@@ -34,6 +39,7 @@ struct AwqGemmParams {
 
   // Elements of one batch entry of y.
   __host__ __device__ int64_t size() const { return m * outputs; }
+  int cluster_size() const { return cluster ? splits : 1; }
 };
 
 inline AwqGemmParams MakeParams(const AwqGemmProblem& p, const AwqGemmPlan& plan,
@@ -60,10 +66,9 @@ __device__ __forceinline__ AwqWeight BatchEntry(const AwqWeight& weight) {
   return w;
 }
 
-// What finishes the (M, outputs) result of this CTA's batch entry.
-__device__ __forceinline__ EpilogueParams MakeEpilogue(const AwqGemmParams& p) {
+// What finishes the (M, outputs) result of batch entry b.
+__device__ __forceinline__ EpilogueParams MakeEpilogue(const AwqGemmParams& p, int64_t b) {
   const AwqGemmBuffers& buf = p.buffers;
-  const int64_t b = blockIdx.z;
   EpilogueParams e;
   e.y = static_cast<char*>(buf.y) + b * p.size() * SizeOf(p.out_dtype);
   e.bias = buf.bias
@@ -79,10 +84,11 @@ __device__ __forceinline__ EpilogueParams MakeEpilogue(const AwqGemmParams& p) {
   return e;
 }
 
-// Launches with `splits` CTAs along x meeting in a cluster where the plan says so.
-template <typename Kernel>
-cudaError_t LaunchSplit(Kernel kernel, const AwqGemmParams& params, dim3 grid, int threads,
-                        int shared_bytes, cudaStream_t stream) {
+// Launches with `cluster` CTAs along x in a thread block cluster.
+template <typename Params>
+cudaError_t LaunchClusters(void (*kernel)(Params), const std::remove_const_t<Params>& params,
+                           int cluster, dim3 grid, int threads, int shared_bytes,
+                           cudaStream_t stream) {
   if (shared_bytes > 48 * 1024) {
     // Sets a property of the kernel on the current device: cheap, and no stream work.
     if (cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -96,9 +102,9 @@ cudaError_t LaunchSplit(Kernel kernel, const AwqGemmParams& params, dim3 grid, i
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   cudaLaunchAttribute attribute;
-  if (params.cluster) {
+  if (cluster > 1) {
     attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = params.splits;
+    attribute.val.clusterDim.x = cluster;
     attribute.val.clusterDim.y = 1;
     attribute.val.clusterDim.z = 1;
     config.attrs = &attribute;

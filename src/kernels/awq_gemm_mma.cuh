@@ -137,8 +137,8 @@ __global__ void __launch_bounds__(128, kTokens > 32 ? 2 : 3)
     __syncthreads();
   }
 
-  ReduceAndStore<typename Tile::Result, Tile::kThreads>(MakeEpilogue(p), tile, token0, output0,
-                                                        split, p.splits, p.batch * p.size());
+  ReduceAndStore<typename Tile::Result, Tile::kThreads>(
+      MakeEpilogue(p, blockIdx.z), tile, token0, output0, split, p.splits, p.batch * p.size());
 #endif
 }
 
@@ -148,8 +148,8 @@ cudaError_t LaunchMmaTile(const AwqGemmParams& params, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>((params.m + kTokens - 1) / kTokens * params.splits),
                   static_cast<unsigned>((params.outputs + Tile::kOutputs - 1) / Tile::kOutputs),
                   static_cast<unsigned>(params.batch));
-  return LaunchSplit(AwqGemmMmaKernel<T, kLayout, kTranspose, kTokens>, params, grid,
-                     Tile::kThreads, Tile::kSharedBytes, stream);
+  return LaunchClusters(AwqGemmMmaKernel<T, kLayout, kTranspose, kTokens>, params,
+                        params.cluster_size(), grid, Tile::kThreads, Tile::kSharedBytes, stream);
 }
 
 template <typename T, Layout kLayout, bool kTranspose>

@@ -1,6 +1,7 @@
 // Which kernel runs which problem. Pure host code, so that it can be asked without a GPU.
 
 #include <algorithm>
+#include <cstdint>
 #include <stdexcept>
 
 #include "kernels/awq_gemm.h"
@@ -19,11 +20,13 @@ int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Variant {
   const char* name;
+  AwqGemmKernel kernel;
   int tokens;  // of one tile; 0: no tile
   int outputs;
   int depth;        // a split of K is a multiple of this
   int ctas_per_sm;  // resident at once
   bool splits;      // can divide the contraction among CTAs
+  double step_us;   // of one CTA for 64 indices of the contraction; 0: not for the cost model
   const char* (*unsupported)(const AwqGemmProblem&, const Device&);
 };
 
@@ -72,6 +75,14 @@ const char* WgmmaUnsupported(const AwqGemmProblem& p, const Device& device) {
   return nullptr;
 }
 
+const char* TmaUnsupported(const AwqGemmProblem& p, const Device& device) {
+  if (const char* why = WgmmaUnsupported(p, device)) return why;
+  if (p.layout != Layout::kGemm || p.transpose) return "weight is not packed along the outputs";
+  if (p.n % 32) return "rows of qweight are not 16-byte aligned";
+  if (std::max({p.m, p.n, p.k}) > INT32_MAX) return "a dimension exceeds 32 bits";
+  return nullptr;
+}
+
 const char* SimtUnsupported(const AwqGemmProblem& p, const Device& device) {
   return AnyKernelUnsupported(p, device);
 }
@@ -86,17 +97,24 @@ const char* DequantizeDotUnsupported(const AwqGemmProblem& p, const Device& devi
 
 // In the order in which they are tried.
 constexpr Variant kVariants[] = {
-    {"decode_8", 8, 128, 32, 3, true, Decode8Unsupported},
-    {"decode_16", 16, 128, 32, 2, true, Decode16Unsupported},
-    {"wgmma_16", 16, 256, 64, 2, true, WgmmaUnsupported},
-    {"wgmma_32", 32, 256, 64, 1, true, WgmmaUnsupported},
-    {"wgmma_64", 64, 256, 64, 1, true, WgmmaUnsupported},
-    {"wgmma_128", 128, 256, 64, 1, true, WgmmaUnsupported},
-    {"mma_32", 32, 128, 64, 3, true, TensorCoreUnsupported},
-    {"mma_64", 64, 128, 64, 2, true, TensorCoreUnsupported},
-    {"mma_128", 128, 128, 64, 2, true, TensorCoreUnsupported},
-    {"dequantize_dot", 0, 0, 0, 0, false, DequantizeDotUnsupported},
-    {"simt", 32, 64, 32, 4, false, SimtUnsupported},
+    {"decode_8", AwqGemmKernel::kDecode, 8, 128, 32, 3, true, 0, Decode8Unsupported},
+    {"decode_16", AwqGemmKernel::kDecode, 16, 128, 32, 2, true, 0, Decode16Unsupported},
+    {"tma_8x256", AwqGemmKernel::kTma, 8, 256, 128, 1, true, 0.25, TmaUnsupported},
+    {"tma_16x256", AwqGemmKernel::kTma, 16, 256, 128, 1, true, 0.33, TmaUnsupported},
+    {"tma_32x256", AwqGemmKernel::kTma, 32, 256, 64, 1, true, 0.45, TmaUnsupported},
+    {"tma_64x256", AwqGemmKernel::kTma, 64, 256, 64, 1, true, 0.50, TmaUnsupported},
+    {"tma_128x128", AwqGemmKernel::kTma, 128, 128, 64, 1, true, 0.42, TmaUnsupported},
+    {"tma_128x256", AwqGemmKernel::kTma, 128, 256, 64, 1, true, 0.64, TmaUnsupported},
+    {"tma_256x128", AwqGemmKernel::kTma, 256, 128, 64, 1, true, 0.60, TmaUnsupported},
+    {"wgmma_16", AwqGemmKernel::kWgmma, 16, 256, 64, 2, true, 0, WgmmaUnsupported},
+    {"wgmma_32", AwqGemmKernel::kWgmma, 32, 256, 64, 1, true, 0, WgmmaUnsupported},
+    {"wgmma_64", AwqGemmKernel::kWgmma, 64, 256, 64, 1, true, 0, WgmmaUnsupported},
+    {"wgmma_128", AwqGemmKernel::kWgmma, 128, 256, 64, 1, true, 0, WgmmaUnsupported},
+    {"mma_32", AwqGemmKernel::kMma, 32, 128, 64, 3, true, 0, TensorCoreUnsupported},
+    {"mma_64", AwqGemmKernel::kMma, 64, 128, 64, 2, true, 0, TensorCoreUnsupported},
+    {"mma_128", AwqGemmKernel::kMma, 128, 128, 64, 2, true, 0, TensorCoreUnsupported},
+    {"dequantize_dot", AwqGemmKernel::kNone, 0, 0, 0, 0, false, 0, DequantizeDotUnsupported},
+    {"simt", AwqGemmKernel::kSimt, 32, 64, 32, 4, false, 0, SimtUnsupported},
 };
 
 const Variant* Find(const std::string& name) {
@@ -107,15 +125,78 @@ const Variant* Find(const std::string& name) {
 }
 
 // Rows of x from which dequantizing once and multiplying with the library's dense kernel wins.
-int64_t DequantizeDotFrom(const Device& device) {
-  if (device.arch < 80) return 33;
+int64_t DequantizeDotFrom(const AwqGemmProblem& p, const Device& device) {
+  if (!TmaUnsupported(p, device)) return 1 << 30;
+  if (device.arch < 80 || TensorCoreUnsupported(p, device)) return 33;
   return 257;
+}
+
+// CTA clusters of `size` that run at once: one more would cost a second wave. A cluster lives in
+// one GPC, so that some processors are left over; the counts are those that
+// cudaOccupancyMaxActiveClusters gives on an H200.
+int64_t ResidentClusters(const Device& device, int ctas_per_sm, int size) {
+  constexpr int kSms = 132;
+  constexpr int kClusters[3][kMaxCluster] = {{132, 66, 39, 30, 22, 17, 15, 15},
+                                             {264, 132, 79, 62, 47, 39, 32, 30},
+                                             {396, 198, 124, 92, 69, 62, 47, 45}};
+  if (device.arch < 90) return device.sm_count * ctas_per_sm / size;
+  return kClusters[std::min(ctas_per_sm, 3) - 1][size - 1] * device.sm_count / kSms;
+}
+
+// Microseconds that a TMA variant takes, to compare them: what does not depend on the work, the
+// steps of the busiest processor, and for splits the sums that members of a cluster read from each
+// other. The constants are fits to an H200 (benchmarks/NOTES.md); the right tile and split follow
+// from them for shapes nobody has timed.
+double TmaMicroseconds(const AwqGemmProblem& p, const Device& device, const Variant& v, int split) {
+  constexpr double kLaunch = 1.0;
+  constexpr double kFill = 3.0;  // until the first step, and after the last
+  constexpr double kExchange = 1.2;
+  constexpr double kRemoteBytes = 20e3;  // a microsecond, that a processor reads from others
+  const int64_t tiles = CeilDiv(p.m, v.tokens) * CeilDiv(p.outputs(), v.outputs) * p.batch;
+  const int64_t waves = CeilDiv(tiles, ResidentClusters(device, v.ctas_per_sm, split));
+  const int64_t steps = CeilDiv(CeilDiv(p.contraction(), v.depth), split) * (v.depth / 64);
+  // Without splits the next tile's copies begin while this one's results are stored.
+  if (split == 1) return kLaunch + kFill + waves * steps * v.step_us;
+  const double tile_bytes = 4.0 * std::min<int64_t>(p.m, v.tokens) * v.outputs;
+  const double exchange = kExchange + tile_bytes * (split - 1) / split / kRemoteBytes;
+  return kLaunch + waves * (kFill + steps * v.step_us + exchange);
+}
+
+int BestTmaSplit(const AwqGemmProblem& p, const Device& device, const Variant& v) {
+  int best = 1;
+  for (int split = 2; split <= kMaxCluster; ++split) {
+    if (split > CeilDiv(p.contraction(), v.depth)) break;
+    if (TmaMicroseconds(p, device, v, split) < TmaMicroseconds(p, device, v, best)) best = split;
+  }
+  return best;
+}
+
+const char* ChooseTma(const AwqGemmProblem& p, const Device& device) {
+  const Variant* best = nullptr;
+  double best_us = 0;
+  for (const Variant& v : kVariants) {
+    if (v.kernel != AwqGemmKernel::kTma) continue;
+    const int split = p.split_k > 0 ? 1 : BestTmaSplit(p, device, v);
+    const double us = TmaMicroseconds(p, device, v, split);
+    if (best == nullptr || us < best_us) best = &v, best_us = us;
+  }
+  return best->name;
 }
 
 const char* Choose(const AwqGemmProblem& p, const Device& device) {
   const int64_t m = p.m == 0 ? 1 : p.m;
-  if (!DequantizeDotUnsupported(p, device) && m >= DequantizeDotFrom(device)) {
+  if (!DequantizeDotUnsupported(p, device) && m >= DequantizeDotFrom(p, device)) {
     return "dequantize_dot";
+  }
+  if (!TmaUnsupported(p, device)) {
+    // Without a pipeline to fill the decode kernel is done first where there is little to read.
+    constexpr int64_t kFewWeights = int64_t{20} << 20;
+    if (p.m > 0 && p.m <= 4 && p.n * p.k * p.batch <= kFewWeights &&
+        !Decode8Unsupported(p, device)) {
+      return "decode_8";
+    }
+    if (p.m == 0) return "tma_64x256";
+    return ChooseTma(p, device);
   }
   if (p.m > 0 && !Decode8Unsupported(p, device)) return "decode_8";
   if (p.m > 0 && !Decode16Unsupported(p, device)) return "decode_16";
@@ -131,19 +212,11 @@ const char* Choose(const AwqGemmProblem& p, const Device& device) {
   return m <= 32 ? "mma_32" : m <= 64 ? "mma_64" : "mma_128";
 }
 
-// CTA clusters of `size` that run at once: one more would cost a second wave. A cluster lives in
-// one GPC, of sixteen processors or a few more or less. The counts are those that fit what was
-// timed on an H200 (132 processors) at sizes 4 to 8 with one to three CTAs a processor.
-int64_t ResidentClusters(const Device& device, int ctas_per_sm, int size) {
-  const int gpcs = device.sm_count / 16;
-  if (gpcs < 2 || device.arch < 90) return device.sm_count * ctas_per_sm / size;
-  return (gpcs - 1) * (16 * ctas_per_sm / size) + 12 * ctas_per_sm / size;
-}
-
 int ChooseSplit(const AwqGemmProblem& p, const Device& device, const Variant& v) {
   if (!v.splits) return 1;
   const int64_t depth_tiles = CeilDiv(p.contraction(), v.depth);
   if (p.split_k > 0) return static_cast<int>(std::min(p.split_k, depth_tiles));
+  if (v.kernel == AwqGemmKernel::kTma) return p.m == 0 ? 1 : BestTmaSplit(p, device, v);
   const int64_t m = p.m == 0 ? 1 : p.m;
   const int64_t ctas = CeilDiv(m, v.tokens) * CeilDiv(p.outputs(), v.outputs) * p.batch;
   int split =
@@ -166,6 +239,8 @@ AwqGemmPlan PlanAwqGemm(const AwqGemmProblem& p, const Device& device, size_t wo
   if (const char* why = v->unsupported(p, device)) {
     throw std::invalid_argument("awq_gemm: variant " + plan.variant + " cannot run: " + why);
   }
+  plan.kernel = v->kernel;
+  plan.resident_ctas = device.sm_count * v->ctas_per_sm;
   plan.tile_tokens = v->tokens;
   plan.tile_outputs = v->outputs;
   if (v->tokens == 0) return plan;

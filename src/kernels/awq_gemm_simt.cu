@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
   }
 
-  const EpilogueParams epilogue = MakeEpilogue(p);
+  const EpilogueParams epilogue = MakeEpilogue(p, blockIdx.z);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
 #pragma unroll

@@ -154,8 +154,8 @@ __global__ void __launch_bounds__(WgmmaTile<T, kLayout, kTranspose, kTokens>::kT
     }
     __syncthreads();
   }
-  ReduceAndStore<typename Tile::Result, Tile::kThreads>(MakeEpilogue(p), tile, token0, output0,
-                                                        split, p.splits, p.batch * p.size());
+  ReduceAndStore<typename Tile::Result, Tile::kThreads>(
+      MakeEpilogue(p, blockIdx.z), tile, token0, output0, split, p.splits, p.batch * p.size());
 #endif
 }
 
@@ -165,8 +165,8 @@ cudaError_t LaunchWgmmaTile(const AwqGemmParams& params, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>((params.m + kTokens - 1) / kTokens * params.splits),
                   static_cast<unsigned>((params.outputs + Tile::kOutputs - 1) / Tile::kOutputs),
                   static_cast<unsigned>(params.batch));
-  return LaunchSplit(AwqGemmWgmmaKernel<T, kLayout, kTranspose, kTokens>, params, grid,
-                     Tile::kThreads, Tile::kSharedBytes, stream);
+  return LaunchClusters(AwqGemmWgmmaKernel<T, kLayout, kTranspose, kTokens>, params,
+                        params.cluster_size(), grid, Tile::kThreads, Tile::kSharedBytes, stream);
 }
 
 template <typename T, Layout kLayout, bool kTranspose>

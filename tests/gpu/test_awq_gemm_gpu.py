@@ -69,6 +69,18 @@ CASES = (
     Case(7, 1024, 144, 128, split=8),
     Case(7, 1024, 144, 128, split=12, bias=F32, activation="gelu", out=BF16),
     Case(70, 1024, 264, 64, BF16, split=12, layout="oc_major", out=F32),
+    # Rows of qweight that TMA can take: whole tiles and parts of one, all group sizes, K of any
+    # number of steps, more tokens than a tile and fewer.
+    Case(1, 1024, 512, 128),
+    Case(8, 4096, 288, 128, BF16, scales=F16, bias=BF16, activation="silu", out=F32),
+    Case(17, 200, 96, -1, symmetric=True, bias=F16),
+    Case(65, 1184, 544, 32, activation="gelu", out=BF16),
+    Case(130, 576, 800, 64, BF16, out=F32),
+    Case(300, 384, 1056, 128, bias=F32),
+    Case(70, 2048, 320, 128, split=5, activation="relu"),
+    Case(257, 1024, 352, 32, BF16, split=3, bias=F16),
+    Case(40, 1024, 288, 64, split=8, out=F32),
+    Case(12, 2176, 256, 128, split=11, bias=BF16),
 )
 TRANSPOSED_CASES = (
     Case(1, 256, 128, 64),
@@ -88,6 +100,9 @@ BATCHED_CASES = (
     (Case(2, 256, 136, 32, BF16, layout="gemv", bias=BF16), f"x {WEIGHT}"),
     (Case(3, 1024, 144, 128, BF16, split=4, bias=BF16), f"x {WEIGHT}"),
     (Case(3, 1024, 144, 128, split=12, bias=F16, layout="oc_major"), f"{WEIGHT} bias"),
+    (Case(20, 320, 288, 64, bias=F16), "x"),
+    (Case(70, 320, 288, 64, BF16, bias=BF16), WEIGHT),
+    (Case(9, 1024, 288, 32, split=3, bias=BF16), f"x {WEIGHT} bias"),
 )
 MIN_CASES = 9  # of CASES, for every variant
 
@@ -137,8 +152,8 @@ def test_transposed_product(case, variant, force):
     check(force, variant, case.cotangent, *operands, exact=exact, reference=reference)
 
 
-@pytest.mark.parametrize("variant", ["decode_8", "decode_16"])
-def test_no_transposed_decode(variant, force):
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v not in TRANSPOSED])
+def test_no_transposed(variant, force):
     operands, exact, reference = solved_transposed(TRANSPOSED_CASES[0])
     case = TRANSPOSED_CASES[0]
     assert variant in refusals(case.cotangent, *operands)

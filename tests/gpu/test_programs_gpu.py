@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gpu.variants import BF16, F16, Case, assert_same_bits, problem_of, refusals
+from gpu.variants import BF16, F16, VARIANTS, Case, assert_same_bits, problem_of, refusals
 
 from jax_awq import AWQWeight, awq_gemm
 from jax_awq.testing import assert_close, random_problem, random_weight
@@ -83,7 +83,7 @@ def test_scan_over_stacked_weights(rng, layout):
 
 @pytest.mark.parametrize(
     "variant",
-    ["wgmma_16", "wgmma_32", "wgmma_64", "wgmma_128", "mma_32", "mma_64", "mma_128", "simt"],
+    [v for v in VARIANTS if not v.startswith(("decode", "dequantize"))],
 )
 def test_more_than_2_to_the_31_results(variant, force):
     """The same 1000 rows again and again, so that all results can be compared where they are."""

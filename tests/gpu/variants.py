@@ -21,6 +21,13 @@ F16, BF16, F32 = (jnp.dtype(d) for d in (jnp.float16, jnp.bfloat16, jnp.float32)
 VARIANTS = (
     "decode_8",
     "decode_16",
+    "tma_8x256",
+    "tma_16x256",
+    "tma_32x256",
+    "tma_64x256",
+    "tma_128x128",
+    "tma_128x256",
+    "tma_256x128",
     "wgmma_16",
     "wgmma_32",
     "wgmma_64",
@@ -31,7 +38,7 @@ VARIANTS = (
     "dequantize_dot",
     "simt",
 )
-TRANSPOSED = tuple(v for v in VARIANTS if not v.startswith("decode"))
+TRANSPOSED = tuple(v for v in VARIANTS if not v.startswith(("decode", "tma")))
 
 
 @dataclasses.dataclass(frozen=True)

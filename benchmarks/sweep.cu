@@ -1,0 +1,207 @@
+// Times every variant and split of awq_gemm over many shapes without JAX, for the heuristics of
+// src/kernels/awq_gemm_plan.cc: CUDA graphs over distinct weights that exceed the L2 together.
+//
+//     nvcc -O3 -std=c++17 -Isrc -gencode=arch=compute_90a,code=sm_90a benchmarks/sweep.cu
+//         src/kernels/*.cu src/kernels/*.cc -o sweep
+//     ./sweep "4096,4096 14336,4096" "1 16 64" "tma_64x256:4 tma_64x128 decode_8" [f16|bf16] [G]
+//
+// One line a measurement: K N G M dtype variant split us error, the error against the simt kernel
+// relative to the largest result. A variant without a split takes the plan's,
+// and "auto" its variant too.
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "kernels/awq_gemm.h"
+
+using namespace jax_awq;
+
+#define CHECK(call)                                                                       \
+  do {                                                                                    \
+    const cudaError_t error = (call);                                                     \
+    if (error != cudaSuccess) {                                                           \
+      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, cudaGetErrorString(error)); \
+      std::exit(1);                                                                       \
+    }                                                                                     \
+  } while (0)
+
+namespace {
+
+__device__ uint32_t Hash(uint64_t i, uint32_t seed) {
+  uint64_t z = i * 0x9e3779b97f4a7c15ull + seed * 0xbf58476d1ce4e5b9ull + 0x1234567;
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+  return static_cast<uint32_t>(z >> 32);
+}
+
+__global__ void FillWords(uint32_t* to, size_t count, uint32_t seed) {
+  for (size_t i = blockIdx.x * size_t{blockDim.x} + threadIdx.x; i < count;
+       i += size_t{gridDim.x} * blockDim.x) {
+    to[i] = Hash(i, seed);
+  }
+}
+
+template <typename T>
+__global__ void FillFloats(T* to, size_t count, uint32_t seed, float low, float high) {
+  for (size_t i = blockIdx.x * size_t{blockDim.x} + threadIdx.x; i < count;
+       i += size_t{gridDim.x} * blockDim.x) {
+    to[i] = T(low + (high - low) * (Hash(i, seed) * 0x1p-32f));
+  }
+}
+
+std::vector<std::string> Words(const std::string& text) {
+  std::istringstream in(text);
+  std::vector<std::string> words;
+  for (std::string word; in >> word;) words.push_back(word);
+  return words;
+}
+
+float ToFloat(__half v) { return __half2float(v); }
+float ToFloat(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+template <typename T>
+void Sweep(const std::vector<std::string>& shapes, const std::vector<std::string>& ms,
+           const std::vector<std::string>& variants, DType dtype, int64_t group) {
+  constexpr size_t kPool = size_t{1} << 30;
+  constexpr double kColdBytes = 240e6;
+  cudaStream_t stream;
+  CHECK(cudaStreamCreate(&stream));
+  const Device device = DescribeDevice(0);
+  char* pool;
+  T* x;
+  T* y;
+  T* expected;
+  char* workspace;
+  const size_t kElements = size_t{8192} * 32768;
+  const size_t kWorkspace = size_t{1} << 30;
+  CHECK(cudaMalloc(&pool, kPool));
+  CHECK(cudaMalloc(&x, kElements * 2));
+  CHECK(cudaMalloc(&y, kElements * 2));
+  CHECK(cudaMalloc(&expected, kElements * 2));
+  CHECK(cudaMalloc(&workspace, kWorkspace));
+  FillWords<<<1024, 256>>>(reinterpret_cast<uint32_t*>(pool), kPool / 4, 1);
+  FillFloats<<<1024, 256>>>(x, kElements, 2, -1.0f, 1.0f);
+  T* scales;
+  CHECK(cudaMalloc(&scales, kPool / 8));
+  FillFloats<<<1024, 256>>>(scales, kPool / 16, 3, 0.002f, 0.01f);
+  CHECK(cudaDeviceSynchronize());
+
+  for (const std::string& shape : shapes) {
+    int64_t k, n;
+    if (std::sscanf(shape.c_str(), "%ld,%ld", &k, &n) != 2) std::exit(2);
+    const int64_t g = group == -1 ? k : group;
+    const size_t code_bytes = k * n / 2, zero_bytes = k / g * n / 2, scale_bytes = k / g * n * 2;
+    const size_t bytes = (code_bytes + zero_bytes + 255) / 256 * 256;
+    const int copies = std::max(3, static_cast<int>(std::ceil(kColdBytes / (bytes + scale_bytes))));
+    for (const std::string& m : ms) {
+      AwqGemmProblem p;
+      p.m = std::stol(m);
+      p.n = n;
+      p.k = k;
+      p.group_size = g;
+      p.x_dtype = p.scales_dtype = p.out_dtype = dtype;
+      p.has_zeros = true;
+      p.fused_only = true;
+      auto buffers = [&](int copy, T* to) {
+        AwqGemmBuffers b = {};
+        b.weight.k = k;
+        b.weight.n = n;
+        b.weight.group_shift = g == k ? kSingleGroup : g == 128 ? 7 : g == 64 ? 6 : 5;
+        b.weight.layout = Layout::kGemm;
+        b.weight.scales_dtype = dtype;
+        b.weight.qweight = pool + copy * bytes;
+        b.weight.qzeros = pool + copy * bytes + code_bytes;
+        b.weight.scales = scales + copy * scale_bytes / 2;
+        b.x = x;
+        b.y = to;
+        b.workspace = workspace;
+        return b;
+      };
+      const size_t outputs = p.m * n;
+      auto launch = [&](const AwqGemmProblem& problem, const AwqGemmPlan& plan, int copy, T* to) {
+        if (const char* error = LaunchAwqGemm(problem, plan, buffers(copy, to), stream)) {
+          std::fprintf(stderr, "%s: %s\n", plan.variant.c_str(), error);
+          std::exit(1);
+        }
+      };
+      p.variant = "simt";
+      const size_t checked = std::min<size_t>(outputs, size_t{1} << 22);
+      std::vector<T> want(checked), got(checked);
+      launch(p, PlanAwqGemm(p, device), 0, expected);
+      CHECK(cudaMemcpyAsync(want.data(), expected, checked * 2, cudaMemcpyDefault, stream));
+      CHECK(cudaStreamSynchronize(stream));
+      for (const std::string& word : variants) {
+        AwqGemmProblem q = p;
+        const size_t colon = word.find(':');
+        q.variant = word.substr(0, colon);
+        if (q.variant == "auto") q.variant.clear();
+        q.split_k = colon == std::string::npos ? 0 : std::stol(word.substr(colon + 1));
+        AwqGemmPlan plan;
+        try {
+          plan = PlanAwqGemm(q, device, kWorkspace);
+        } catch (const std::exception&) {
+          continue;
+        }
+        CHECK(cudaMemsetAsync(y, 0xff, outputs * 2, stream));
+        launch(q, plan, 0, y);
+        CHECK(cudaMemcpyAsync(got.data(), y, checked * 2, cudaMemcpyDefault, stream));
+        CHECK(cudaStreamSynchronize(stream));
+        double error = 0, largest = 0;
+        for (size_t i = 0; i < checked; ++i) {
+          const double difference = std::abs(ToFloat(got[i]) - ToFloat(want[i]));
+          error = difference <= error ? error : difference;
+          largest = std::max<double>(largest, std::abs(ToFloat(want[i])));
+        }
+        const int calls = std::max(copies, 20 / copies * copies);
+        cudaGraph_t graph;
+        cudaGraphExec_t exec;
+        CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+        for (int i = 0; i < calls; ++i) launch(q, plan, i % copies, y);
+        CHECK(cudaStreamEndCapture(stream, &graph));
+        CHECK(cudaGraphInstantiate(&exec, graph, 0));
+        cudaEvent_t start, end;
+        CHECK(cudaEventCreate(&start));
+        CHECK(cudaEventCreate(&end));
+        std::vector<float> times;
+        for (int i = 0; i < 8; ++i) {
+          CHECK(cudaEventRecord(start, stream));
+          CHECK(cudaGraphLaunch(exec, stream));
+          CHECK(cudaEventRecord(end, stream));
+          CHECK(cudaStreamSynchronize(stream));
+          float ms_taken;
+          CHECK(cudaEventElapsedTime(&ms_taken, start, end));
+          if (i > 0) times.push_back(ms_taken * 1e3f / calls);
+        }
+        std::sort(times.begin(), times.end());
+        CHECK(cudaGraphExecDestroy(exec));
+        CHECK(cudaGraphDestroy(graph));
+        std::printf("%ld %ld %ld %ld %s %s %d %.2f %.1e\n", k, n, group, p.m,
+                    dtype == DType::kF16 ? "f16" : "bf16", plan.variant.c_str(), plan.split_k,
+                    times[times.size() / 2], error / largest);
+        std::fflush(stdout);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc < 4) return 2;
+  const std::string dtype = argc > 4 ? argv[4] : "f16";
+  const int64_t group = argc > 5 ? std::stol(argv[5]) : 128;
+  if (dtype == "f16") {
+    Sweep<__half>(Words(argv[1]), Words(argv[2]), Words(argv[3]), DType::kF16, group);
+  } else {
+    Sweep<__nv_bfloat16>(Words(argv[1]), Words(argv[2]), Words(argv[3]), DType::kBF16, group);
+  }
+}

@@ -1,0 +1,119 @@
+// Consumers of the TMA kernel that dequantize into wgmma's register operand. While the tensor cores
+// work on one k16 step, the next is dequantized.
+#pragma once
+
+#include <type_traits>
+
+#include "device/dequant.cuh"
+#include "device/epilogue.cuh"
+#include "device/tma_tile.cuh"
+#include "device/wgmma.cuh"
+
+namespace jax_awq {
+
+template <typename T, typename S, int kTokens, int kTiles>
+class WgmmaConsumer {
+  using Tile = TmaTile<kTokens, kTiles>;
+  using D = Dequant<T>;
+  using Scale = std::conditional_t<std::is_same_v<T, S>, uint32_t, typename D::Scale>;
+
+ public:
+  __device__ WgmmaConsumer(uint32_t shared, int group_shift, bool has_zeros)
+      : lane(shared), shared_(shared), group_shift_(group_shift), has_zeros_(has_zeros) {}
+
+  // Sums over this CTA's share of the contraction: acc[j][4 b + 2 h + i] of tile j, row g + 8 h,
+  // token 8 b + 2 t + i.
+  __device__ __forceinline__ void Accumulate(const Share& share,
+                                             float (&acc)[kTiles][kTokens / 2]) {
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+      for (int i = 0; i < kTokens / 2; ++i) acc[j][i] = 0.0f;
+      PinRegisters(acc[j]);
+    }
+    WgmmaFence();
+
+    const bool leader = threadIdx.x % 32 == 0;
+    uint32_t a[2][kTiles][4];
+    int group = -1;
+    int previous = -1;
+#pragma unroll 1
+    for (int i = 0; i < share.count; ++i) {
+      const int stage = at_.stage;
+      BarrierWait(Tile::Full(shared_, stage), at_.phase);
+      uint32_t codes[2][4];
+      lane.LoadCodes(stage, codes);
+      const int depth = (share.first + i) * Tile::kDepth;
+      const uint32_t x = Tile::X(shared_, stage);
+#pragma unroll
+      for (int s = 0; s < 4; ++s) {
+        if (s == 0 || (s == 2 && group_shift_ == 5)) {
+          const int now = (depth + 16 * s) >> group_shift_;
+          if (now != group) {
+            EnterGroup(stage, now - (depth >> group_shift_));
+            group = now;
+          }
+        }
+        // All but the newest group of wgmmas are done: these registers are free again.
+        WgmmaWait<1>();
+        if (s == 1 && previous >= 0 && leader) BarrierArrive(Tile::Empty(shared_, previous));
+        Dequantize(codes[s / 2][s % 2 * 2], codes[s / 2][s % 2 * 2 + 1], a[s % 2]);
+        WgmmaFence();
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j)
+          Wgmma<T, kTokens>(acc[j], a[s % 2][j], SwizzledRows(x + 32 * s));
+        WgmmaCommit();
+      }
+      previous = stage;
+      at_.Advance();
+    }
+    WgmmaWait<0>();
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) PinRegisters(acc[j]);
+    if (previous >= 0 && leader) BarrierArrive(Tile::Empty(shared_, previous));
+  }
+
+  const TmaLane<kTokens, kTiles> lane;
+
+ private:
+  __device__ void EnterGroup(int stage, int row) {
+    uint32_t scales[2 * kTiles], zeros;
+    lane.LoadGroup(stage, row, has_zeros_, scales, &zeros);
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+      neg_zero_[2 * j] = D::template NegZero<false>(zeros >> 8 * j);
+      neg_zero_[2 * j + 1] = D::template NegZero<true>(zeros >> 8 * j);
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles; ++i) {
+      if constexpr (std::is_same_v<T, S>) {
+        scale_[i] = scales[i];
+      } else {
+        scale_[i] = D::MakeScale(scales[i], false);
+      }
+    }
+  }
+
+  __device__ void Dequantize(uint32_t pair0, uint32_t pair1, uint32_t (&a)[kTiles][4]) const {
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) {
+      const uint32_t codes = (pair == 0 ? pair0 : pair1) >> 8 * lane.byte;
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        a[j][2 * pair] = D::Multiply(
+            D::template Difference<false>(codes >> 8 * j, neg_zero_[2 * j]), scale_[2 * j]);
+        a[j][2 * pair + 1] = D::Multiply(
+            D::template Difference<true>(codes >> 8 * j, neg_zero_[2 * j + 1]), scale_[2 * j + 1]);
+      }
+    }
+  }
+
+  const uint32_t shared_;
+  const int group_shift_;
+  const bool has_zeros_;
+  StageCounter<Tile::kStages> at_;
+  Scale scale_[2 * kTiles];
+  uint32_t neg_zero_[2 * kTiles];
+};
+
+}  // namespace jax_awq

@@ -1,0 +1,134 @@
+// What producer and consumers of the TMA kernel agree on: shared memory, and which lane has what.
+#pragma once
+
+#include <cstdint>
+
+#include "device/ptx.cuh"
+#include "kernels/types.h"
+
+namespace jax_awq {
+
+// kTiles: 64-row tiles of outputs of a warpgroup.
+template <int kTokens, int kTiles>
+struct TmaTile {
+  static constexpr int kOutputs = 128 * kTiles;
+  // Up to here the bytes of the weight decide, and mma.sync needs fewer instructions for them.
+  static constexpr bool kMma = kTokens <= 16;
+  static constexpr int kDepth = kMma ? 128 : 64;
+  // Teams of eight warps take turns at the stages.
+  static constexpr int kTeams = kMma ? 2 : 1;
+  static constexpr int kTeamWarps = 8;
+  static constexpr int kConsumerWarps = kTeams * kTeamWarps;
+  // One warp copies. Registers can only move to the consumers from a whole warpgroup.
+  static constexpr bool kMoveRegisters = kTokens * kTiles == 256;
+  static constexpr int kThreads = 32 * (kConsumerWarps + (kMoveRegisters ? 4 : 1));
+
+  static constexpr int kXBytes = kTokens * kDepth * 2;
+  static constexpr int kWordBytes = kDepth * kOutputs / 2;
+  static constexpr int kGroupRows = kDepth / 32;  // at most
+  static constexpr int kScaleBytes = kGroupRows * kOutputs * 2;
+  static constexpr int kZeroBytes = kGroupRows * kOutputs / 2;
+  static constexpr int kStageBytes = kXBytes + kWordBytes + kScaleBytes + kZeroBytes;
+  static constexpr int kAlignment = 1024;  // dynamic shared memory may start anywhere
+
+  // Sums that pass through shared memory take the place of the drained pipeline: 16 bytes a lane
+  // and tile, for each block of eight tokens of a warp.
+  static constexpr int kSlotBytes = 32 * 16 * kTiles;
+  static constexpr int kExchangeBytes = kTokens * kSlotBytes * kTeams;
+
+  static constexpr int kRoom = 227 * 1024 - kAlignment - 256;
+  static constexpr int kMaxStages = 16;
+  static constexpr int kStages =
+      kRoom / kStageBytes < kMaxStages ? kRoom / kStageBytes : kMaxStages;
+  // The parts of a stage lie in arrays of their own: the swizzles want aligned tiles.
+  static constexpr int kWordsAt = 0;
+  static constexpr int kXAt = kWordsAt + kStages * kWordBytes;
+  static constexpr int kScalesAt = kXAt + kStages * kXBytes;
+  static constexpr int kZerosAt = kScalesAt + kStages * kScaleBytes;
+  static constexpr int kBarriersAt = kZerosAt + kStages * kZeroBytes;
+  static constexpr int kSharedBytes = kBarriersAt + 16 * kStages + kAlignment;
+  static_assert(kExchangeBytes <= kBarriersAt);
+
+  __device__ static uint32_t Words(uint32_t shared, int s) {
+    return shared + kWordsAt + s * kWordBytes;
+  }
+  __device__ static uint32_t X(uint32_t shared, int s) { return shared + kXAt + s * kXBytes; }
+  __device__ static uint32_t Scales(uint32_t shared, int s) {
+    return shared + kScalesAt + s * kScaleBytes;
+  }
+  __device__ static uint32_t Zeros(uint32_t shared, int s) {
+    return shared + kZerosAt + s * kZeroBytes;
+  }
+  // Completed by the bytes of a stage, and by the consumers that have read it.
+  __device__ static uint32_t Full(uint32_t shared, int s) { return shared + kBarriersAt + 8 * s; }
+  __device__ static uint32_t Empty(uint32_t shared, int s) {
+    return shared + kBarriersAt + 8 * (kStages + s);
+  }
+};
+
+template <int kStages, int kStep = 1>
+struct StageCounter {
+  int stage = 0;
+  uint32_t phase = 0;
+  __device__ void Advance() {
+    stage += kStep;
+    if (stage >= kStages) stage -= kStages, phase ^= 1;
+  }
+};
+
+// Words of qweight are read as 8 x 8 matrices of 16-bit elements, transposed: lane (g, t) gets the
+// four codes of half a word, rows 2t and 2t + 1 of K side by side, which is a pair of the row
+// operand of mma and wgmma for each of four outputs. With 256 outputs a warp has 32 of its own and
+// a lane all four codes; with 128 two warps of different warpgroups have the same words and take
+// two codes each, rows g and g + 8 of their one tile.
+template <int kTokens, int kTiles>
+struct TmaLane {
+  using Tile = TmaTile<kTokens, kTiles>;
+
+  __device__ explicit TmaLane(uint32_t shared) : shared(shared) {
+    const int warp = threadIdx.x / 32 % Tile::kTeamWarps;
+    const int lane = threadIdx.x % 32;
+    const int chunk = Chunk(warp);
+    word = Word(warp);
+    byte = Byte(warp);
+    half_selector = lane / 4 % 2 ? 0x3232 : 0x1010;
+    word_offset =
+        lane * (Tile::kOutputs / 2) + ((chunk ^ (kTiles == 2 ? lane % 8 : lane / 2 % 4)) << 4);
+  }
+
+  // Of a warp of a team: its 16 bytes of a row of words, this lane's word, and the byte of the half
+  // that is the first it takes.
+  __device__ static int Chunk(int warp) { return kTiles == 2 ? warp : warp % 4; }
+  __device__ static int Word(int warp) { return 4 * Chunk(warp) + threadIdx.x % 32 / 8; }
+  __device__ static int Byte(int warp) { return kTiles == 2 ? 0 : warp / 4; }
+
+  // codes[h][i]: half a word in rows 32 h + 8 i + 2t and the next.
+  __device__ void LoadCodes(int stage, uint32_t (&codes)[Tile::kDepth / 32][4]) const {
+#pragma unroll
+    for (int h = 0; h < Tile::kDepth / 32; ++h) {
+      LoadMatrix4Transposed(codes[h],
+                            Tile::Words(shared, stage) + word_offset + h * 16 * Tile::kOutputs);
+    }
+  }
+
+  // The scales of the lane's outputs, each twice, and its zero points, in the same places of two
+  // halves as their codes.
+  __device__ void LoadGroup(int stage, int row, bool has_zeros, uint32_t (&scales)[2 * kTiles],
+                            uint32_t* zeros) const {
+    LoadShared(scales,
+               Tile::Scales(shared, stage) + row * Tile::kOutputs * 2 + 16 * word + 8 * byte);
+    uint32_t packed[1] = {0x88888888u};
+    if (has_zeros) {
+      LoadShared(packed, Tile::Zeros(shared, stage) + row * Tile::kOutputs / 2 + 4 * word);
+    }
+    *zeros = SelectBytes(packed[0], 0, half_selector) >> 8 * byte;
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles; ++i) scales[i] = SelectBytes(scales[i], 0, half_selector);
+  }
+
+  uint32_t shared;
+  int word, byte;
+  uint32_t half_selector, word_offset;
+};
+
+}  // namespace jax_awq

@@ -1,0 +1,353 @@
+// The kernel for sm_90a: TMA brings tiles, a warp of its own keeping them coming, and eight warps
+// multiply. A CTA computes kTokens x kOutputs of y.
+#pragma once
+
+#include <cuda.h>
+
+#include <algorithm>
+#include <type_traits>
+
+#include "device/consumer_mma.cuh"
+#include "device/consumer_wgmma.cuh"
+#include "device/epilogue.cuh"
+#include "device/ptx.cuh"
+#include "kernels/awq_gemm_launch.cuh"
+
+namespace jax_awq {
+
+struct AwqGemmTmaParams {
+  CUtensorMap x, words, scales, zeros;
+  AwqGemmParams p;
+  int x_rows;                 // of a box of x: no more than there are
+  int group_rows;             // of a box of scales or zeros
+  int batch_x, batch_weight;  // 1 where every batch entry has its own, 0 where all share one
+  bool exchange;              // results pass through shared memory: splits meet, or activation
+};
+
+// Where a tile lies. Tiles of up to kRaster rows of tiles go together, so that the CTAs at work
+// at one time share their rows of x and their columns of the weight in the L2.
+struct TmaTileOrder {
+  static constexpr unsigned kRaster = 8;
+
+  __device__ TmaTileOrder(const AwqGemmParams& p, int tokens, int outputs)
+      : rows(static_cast<unsigned>((p.m + tokens - 1) / tokens)),
+        columns(static_cast<unsigned>((p.outputs + outputs - 1) / outputs)),
+        count(rows * columns * static_cast<unsigned>(p.batch)) {}
+
+  __device__ void Find(unsigned tile, unsigned* batch, unsigned* row, unsigned* column) const {
+    *batch = tile / (rows * columns);
+    tile -= *batch * rows * columns;
+    const unsigned band = tile / (kRaster * columns);
+    tile -= band * kRaster * columns;
+    const unsigned height = min(kRaster, rows - band * kRaster);
+    *column = tile / height;
+    *row = band * kRaster + tile % height;
+  }
+
+  unsigned rows, columns, count;
+};
+
+template <typename T, typename S, int kTokens, int kTiles>
+__global__ void __launch_bounds__(TmaTile<kTokens, kTiles>::kThreads, 1)
+    AwqGemmTmaKernel(const __grid_constant__ AwqGemmTmaParams params) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using Tile = TmaTile<kTokens, kTiles>;
+  using Lane = TmaLane<kTokens, kTiles>;
+  using Consumer = std::conditional_t<Tile::kMma, MmaConsumer<T, S, kTokens, kTiles>,
+                                      WgmmaConsumer<T, S, kTokens, kTiles>>;
+  const AwqGemmParams& p = params.p;
+  extern __shared__ char unaligned[];
+  const uint32_t shared =
+      (SharedAddress(unaligned) + Tile::kAlignment - 1) / Tile::kAlignment * Tile::kAlignment;
+
+  const int warp = threadIdx.x / 32;
+  const unsigned split = blockIdx.x % p.splits;
+  const TmaTileOrder order(p, kTokens, Tile::kOutputs);
+  const unsigned first_tile = blockIdx.x / p.splits;
+  const unsigned tile_step = gridDim.x / p.splits;
+  const Share share(static_cast<unsigned>(p.contraction + Tile::kDepth - 1) / Tile::kDepth, split,
+                    p.splits);
+  const int group_shift = p.buffers.weight.group_shift;
+  const bool has_zeros = p.buffers.weight.qzeros != nullptr;
+  auto blocks_of = [&](unsigned row) {
+    const int64_t left = p.m - static_cast<int64_t>(row) * kTokens;
+    return static_cast<unsigned>(min((left + 7) / 8, static_cast<int64_t>(kTokens / 8)));
+  };
+
+  if (threadIdx.x == 32 * Tile::kConsumerWarps) {
+    for (int s = 0; s < Tile::kStages; ++s) {
+      BarrierInit(Tile::Full(shared, s), 1);
+      BarrierInit(Tile::Empty(shared, s), Tile::kTeamWarps);
+    }
+    BarrierInitFence();
+  }
+  __syncthreads();
+
+  if (warp >= Tile::kConsumerWarps) {
+    if constexpr (Tile::kMoveRegisters) ReleaseRegisters<40>();
+    if (threadIdx.x != 32 * Tile::kConsumerWarps) return;
+    const int group_rows = params.group_rows;
+    const uint32_t bytes = params.x_rows * Tile::kDepth * 2 + Tile::kWordBytes +
+                           group_rows * (Tile::kOutputs * 2 + (has_zeros ? Tile::kOutputs / 2 : 0));
+    StageCounter<Tile::kStages> at;
+    for (unsigned tile = first_tile; tile < order.count; tile += tile_step) {
+      unsigned batch, row, column;
+      order.Find(tile, &batch, &row, &column);
+      const int x_batch = batch * params.batch_x;
+      const int weight_batch = batch * params.batch_weight;
+      const int token0 = row * kTokens;
+      const int output0 = column * Tile::kOutputs;
+      for (int i = 0; i < share.count; ++i) {
+        const int depth = (share.first + i) * Tile::kDepth;
+        BarrierWait(Tile::Empty(shared, at.stage), at.phase ^ 1);
+        const uint32_t barrier = Tile::Full(shared, at.stage);
+        BarrierArriveExpecting(barrier, bytes);
+        CopyBox(Tile::Words(shared, at.stage), &params.words, output0 / 8, depth, weight_batch,
+                barrier);
+#pragma unroll
+        for (int part = 0; part < Tile::kDepth / 64; ++part) {
+          CopyBox(Tile::X(shared, at.stage) + part * kTokens * 128, &params.x, depth + 64 * part,
+                  token0, x_batch, barrier);
+        }
+        CopyBox(Tile::Scales(shared, at.stage), &params.scales, output0, depth >> group_shift,
+                weight_batch, barrier);
+        if (has_zeros) {
+          CopyBox(Tile::Zeros(shared, at.stage), &params.zeros, output0 / 8, depth >> group_shift,
+                  weight_batch, barrier);
+        }
+        at.Advance();
+      }
+    }
+    return;
+  }
+
+  if constexpr (Tile::kMoveRegisters) AcquireRegisters<232>();
+  const int lane = threadIdx.x % 32;
+  const int g = lane / 4;
+  const int t = lane % 4;
+  Consumer consumer(shared, group_shift, has_zeros);
+  for (unsigned tile = first_tile; tile < order.count; tile += tile_step) {
+    float acc[kTiles][kTokens / 2];
+    consumer.Accumulate(share, acc);
+
+    unsigned batch, row, column;
+    order.Find(tile, &batch, &row, &column);
+    const unsigned blocks = blocks_of(row);
+    EpilogueParams epilogue = MakeEpilogue(p, batch);
+    if (epilogue.partials) epilogue.WriteOnly(split * p.batch * p.size());
+    const int64_t output0 = static_cast<int64_t>(column) * Tile::kOutputs;
+    const int64_t token = static_cast<int64_t>(row) * kTokens + 2 * t + g % 2;
+    if (!params.exchange) {
+      const HalfWord<kTiles> half(epilogue, output0 + 8 * consumer.lane.word, consumer.lane.byte,
+                                  g % 2);
+#pragma unroll
+      for (int b = 0; b < kTokens / 8; ++b) {
+        if (b < blocks) {
+          float v[kTiles][4];
+#pragma unroll
+          for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) v[j][i] = acc[j][4 * b + i];
+          }
+          half.template Store<false>(epilogue, v, token + 8 * b);
+        }
+      }
+      continue;
+    }
+
+    // A unit is what a warp holds of eight tokens. Its owner in the cluster reads it from every
+    // team of every member: reading is several times as fast as writing to another's memory.
+    const int team = warp / Tile::kTeamWarps;
+    const Exchange exchange(p.cluster ? p.splits : 1, p.cluster ? split : 0,
+                            blocks * Tile::kTeamWarps);
+    const unsigned team_bytes = blocks * Tile::kTeamWarps * Tile::kSlotBytes;
+    auto slot_of = [&](unsigned unit, int of_team) {
+      return shared + of_team * team_bytes + unit * Tile::kSlotBytes + 16 * lane;
+    };
+    NamedBarrierSync<1, 32 * Tile::kConsumerWarps>();  // the slots take the place of the pipeline
+#pragma unroll
+    for (int b = 0; b < kTokens / 8; ++b) {
+      if (b < blocks) {
+        const uint32_t slot = slot_of(b * Tile::kTeamWarps + warp % Tile::kTeamWarps, team);
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) {
+          StoreSharedFour(slot + 512 * j, make_float4(acc[j][4 * b], acc[j][4 * b + 1],
+                                                      acc[j][4 * b + 2], acc[j][4 * b + 3]));
+        }
+      }
+    }
+    if (p.cluster) {
+      ClusterSync();
+    } else {
+      NamedBarrierSync<1, 32 * Tile::kConsumerWarps>();
+    }
+    // Whatever warp it came from: lanes are alike. Where registers allow, two units at once hide
+    // the latency of reading from another's memory.
+    constexpr int kBatch = kTiles == 1 ? 2 : 1;
+#pragma unroll 1
+    for (unsigned first = warp; first < exchange.own; first += Tile::kConsumerWarps * kBatch) {
+      float v[kBatch][kTiles][4];
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+        for (int of_team = 0; of_team < Tile::kTeams; ++of_team) {
+          float4 parts[kBatch][kMaxCluster];
+#pragma unroll
+          for (int u = 0; u < kBatch; ++u) {
+            const unsigned i = min(first + u * Tile::kConsumerWarps, exchange.own - 1);
+            const uint32_t slot = slot_of(exchange.rank * exchange.per + i, of_team) + 512 * j;
+#pragma unroll
+            for (int r = 0; r < kMaxCluster; ++r) {
+              if (r < exchange.members) parts[u][r] = LoadClusterShared(MapToRank(slot, r));
+            }
+          }
+#pragma unroll
+          for (int u = 0; u < kBatch; ++u) {
+            float4 sum = parts[u][0];
+#pragma unroll
+            for (int r = 1; r < kMaxCluster; ++r) {
+              if (r < exchange.members) Add(sum, parts[u][r]);
+            }
+            const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+            for (int c = 0; c < 4; ++c) {
+              v[u][j][c] = of_team == 0 ? sums[c] : v[u][j][c] + sums[c];
+            }
+          }
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        const unsigned i = first + u * Tile::kConsumerWarps;
+        if (i >= exchange.own) break;
+        const unsigned unit = exchange.rank * exchange.per + i;
+        const int team_warp = unit % Tile::kTeamWarps;
+        const HalfWord<kTiles> half(epilogue, output0 + 8 * Lane::Word(team_warp),
+                                    Lane::Byte(team_warp), g % 2);
+        half.template Store<true>(epilogue, v[u], token + unit / Tile::kTeamWarps * 8);
+      }
+    }
+    if (p.cluster) {  // nobody leaves while others read its memory
+      ClusterArriveRelaxed();
+      ClusterWait();
+    }
+    return;  // one tile a CTA
+  }
+#endif
+}
+
+// Three-dimensional tensor maps: batch, rows, columns, the columns contiguous.
+class TensorMaps {
+ public:
+  // nullptr on a driver without them.
+  static const TensorMaps* Get() {
+    static const TensorMaps maps;
+    return maps.encode_ ? &maps : nullptr;
+  }
+
+  bool Encode(CUtensorMap* map, CUtensorMapDataType type, int bytes, const void* base,
+              int64_t columns, int64_t rows, int64_t batch, unsigned box_columns, unsigned box_rows,
+              CUtensorMapSwizzle swizzle) const {
+    const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows),
+                                 static_cast<cuuint64_t>(batch)};
+    const cuuint64_t strides[2] = {sizes[0] * bytes, sizes[0] * sizes[1] * bytes};
+    const cuuint32_t box[3] = {box_columns, box_rows, 1};
+    const cuuint32_t steps[3] = {1, 1, 1};
+    return encode_(map, type, 3, const_cast<void*>(base), sizes, strides, box, steps,
+                   CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  }
+
+ private:
+  TensorMaps() {
+    cudaDriverEntryPointQueryResult result;
+    void* function = nullptr;
+#if CUDART_VERSION >= 12050
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
+                                                               12000, cudaEnableDefault, &result);
+#else
+    const cudaError_t error =
+        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result);
+#endif
+    if (error == cudaSuccess && result == cudaDriverEntryPointSuccess) {
+      encode_ = reinterpret_cast<decltype(encode_)>(function);
+    }
+  }
+
+  decltype(&cuTensorMapEncodeTiled) encode_ = nullptr;
+};
+
+template <typename T, typename S, int kTokens, int kTiles>
+cudaError_t LaunchTmaTile(const AwqGemmPlan& plan, const AwqGemmParams& p, cudaStream_t stream) {
+  using Tile = TmaTile<kTokens, kTiles>;
+  const TensorMaps* maps = TensorMaps::Get();
+  if (maps == nullptr) return cudaErrorNotSupported;
+  const AwqWeight& w = p.buffers.weight;
+  AwqGemmTmaParams params = {};
+  params.p = p;
+  params.x_rows = static_cast<int>(std::min<int64_t>(kTokens, (p.m + 7) / 8 * 8));
+  params.batch_x = p.buffers.x_stride != 0;
+  params.batch_weight = w.qweight_stride != 0;
+  params.exchange = p.cluster || Tile::kTeams > 1 || p.buffers.activation != Activation::kNone;
+  const CUtensorMapDataType type = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                             : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const int64_t x_batch = params.batch_x ? p.batch : 1;
+  const int64_t weight_batch = params.batch_weight ? p.batch : 1;
+  const int64_t groups = w.group_shift == kSingleGroup ? 1 : (w.k >> w.group_shift);
+  params.group_rows = std::max(1, Tile::kDepth >> w.group_shift);
+  const bool encoded =
+      maps->Encode(&params.x, type, 2, p.buffers.x, w.k, p.m, x_batch, 64, params.x_rows,
+                   CU_TENSOR_MAP_SWIZZLE_128B) &&
+      maps->Encode(&params.words, CU_TENSOR_MAP_DATA_TYPE_INT32, 4, w.qweight, w.n / 8, w.k,
+                   weight_batch, Tile::kOutputs / 8, Tile::kDepth,
+                   kTiles == 2 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B) &&
+      maps->Encode(&params.scales, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, w.scales, w.n, groups,
+                   weight_batch, Tile::kOutputs, params.group_rows, CU_TENSOR_MAP_SWIZZLE_NONE) &&
+      (w.qzeros == nullptr ||
+       maps->Encode(&params.zeros, CU_TENSOR_MAP_DATA_TYPE_INT32, 4, w.qzeros, w.n / 8, groups,
+                    weight_batch, Tile::kOutputs / 8, params.group_rows,
+                    CU_TENSOR_MAP_SWIZZLE_NONE));
+  if (!encoded) return cudaErrorInvalidValue;
+
+  const int64_t tiles =
+      (p.m + kTokens - 1) / kTokens * ((p.outputs + Tile::kOutputs - 1) / Tile::kOutputs) * p.batch;
+  const bool persistent = p.splits == 1 && !params.exchange;
+  const int64_t ctas = persistent ? std::min<int64_t>(tiles, plan.resident_ctas) : tiles * p.splits;
+  return LaunchClusters(AwqGemmTmaKernel<T, S, kTokens, kTiles>, params, p.cluster_size(),
+                        dim3(static_cast<unsigned>(ctas)), Tile::kThreads, Tile::kSharedBytes,
+                        stream);
+}
+
+template <typename T, typename S>
+cudaError_t LaunchTmaTiles(const AwqGemmPlan& plan, const AwqGemmParams& p, cudaStream_t stream) {
+  switch (plan.tile_tokens * 1000 + plan.tile_outputs) {
+    case 8256:
+      return LaunchTmaTile<T, S, 8, 2>(plan, p, stream);
+    case 16256:
+      return LaunchTmaTile<T, S, 16, 2>(plan, p, stream);
+    case 32256:
+      return LaunchTmaTile<T, S, 32, 2>(plan, p, stream);
+    case 64256:
+      return LaunchTmaTile<T, S, 64, 2>(plan, p, stream);
+    case 128128:
+      return LaunchTmaTile<T, S, 128, 1>(plan, p, stream);
+    case 128256:
+      return LaunchTmaTile<T, S, 128, 2>(plan, p, stream);
+    case 256128:
+      return LaunchTmaTile<T, S, 256, 1>(plan, p, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+template <typename T>
+cudaError_t LaunchAwqGemmTma(const AwqGemmProblem& p, const AwqGemmPlan& plan,
+                             const AwqGemmBuffers& buffers, cudaStream_t stream) {
+  const AwqGemmParams params = MakeParams(p, plan, buffers);
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    if (p.scales_dtype == DType::kF16) return LaunchTmaTiles<T, __half>(plan, params, stream);
+  }
+  return LaunchTmaTiles<T, T>(plan, params, stream);
+}
+
+}  // namespace jax_awq
