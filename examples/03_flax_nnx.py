@@ -1,4 +1,4 @@
-"""The AWQ MLP of a Llama layer as a Flax NNX module.
+"""The AWQ MLP of a Llama layer as a Flax NNX module, of the library's layers.
 
 python examples/03_flax_nnx.py
 """
@@ -12,32 +12,21 @@ import numpy as np
 from flax import nnx
 
 import jax_awq
+from jax_awq.flax import AWQLinear
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "llama-awq-gemm-g128"
 MLP = "model.layers.0.mlp"
 TOLERANCE = 0.03 / 3.1  # of the output's standard deviation, float16: tests/golden/README.md
 
 
-class Frozen(nnx.Variable):
-    """A variable that an optimizer of `nnx.Param` leaves alone."""
-
-
-class AWQLinear(nnx.Module):
-    def __init__(self, weight: jax_awq.AWQWeight):
-        self.weight = Frozen(weight)
-
-    def __call__(self, x: jax.Array, activation: str | None = None) -> jax.Array:
-        return jax_awq.awq_gemm(x, self.weight.get_value(), activation=activation)
-
-
 class MLPBlock(nnx.Module):
     def __init__(self, checkpoint: dict):
-        self.gate = AWQLinear(checkpoint[f"{MLP}.gate_proj"])
+        self.gate = AWQLinear(checkpoint[f"{MLP}.gate_proj"], activation="silu")
         self.up = AWQLinear(checkpoint[f"{MLP}.up_proj"])
         self.down = AWQLinear(checkpoint[f"{MLP}.down_proj"])
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(self.gate(x, "silu") * self.up(x))
+        return self.down(self.gate(x) * self.up(x))
 
 
 def main() -> int:

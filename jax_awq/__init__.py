@@ -7,14 +7,15 @@ from jax_awq._packing import pack_int4, unpack_int4
 from jax_awq._plan import KernelPlan, plan
 from jax_awq.ops.awq_dequantize import awq_dequantize
 from jax_awq.ops.awq_gemm import awq_gemm
-from jax_awq.weights import AWQWeight, convert
+from jax_awq.weights import AWQWeight, PermutedWeight, convert
 
 if TYPE_CHECKING:
-    from jax_awq.checkpoint import load_hf
+    from jax_awq.checkpoint import load_hf, save_hf
 
 __all__ = [
     "AWQWeight",
     "KernelPlan",
+    "PermutedWeight",
     "awq_dequantize",
     "awq_gemm",
     "build_info",
@@ -22,14 +23,15 @@ __all__ = [
     "load_hf",
     "pack_int4",
     "plan",
+    "save_hf",
     "unpack_int4",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    # On first use: the loader needs the `safetensors` extra, the ops do not.
-    if name == "load_hf":
-        from jax_awq.checkpoint import load_hf
+    # On first use: checkpoints need the `safetensors` extra, the ops do not.
+    if name in ("load_hf", "save_hf"):
+        from jax_awq import checkpoint
 
-        return load_hf
+        return getattr(checkpoint, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,13 +1,14 @@
-"""`AWQWeight`: the arrays of one quantized weight as one pytree."""
+"""`AWQWeight`: the arrays of one quantized weight as one pytree; and one with permuted inputs."""
 
 import dataclasses
 import json
-from typing import Any
+from typing import Any, overload
 
+import jax.numpy as jnp
 from jax import Array, export
 from jax.tree_util import GetAttrKey, register_pytree_with_keys_class
 
-from jax_awq._checks import check_choice, check_weight
+from jax_awq._checks import check_choice, check_dtype, check_shape, check_weight
 from jax_awq._packing import LAYOUTS, decode, encode, weight_size
 from jax_awq.ops.awq_dequantize import awq_dequantize
 from jax_awq.ops.awq_gemm import awq_gemm
@@ -97,30 +98,136 @@ class AWQWeight:
         return f"AWQWeight({leaves}, layout={self.layout!r}, group_size={self.group_size})"
 
 
-# Lets `jax.export` store a function that takes or gives an `AWQWeight`; the name is in its files.
+@register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class PermutedWeight:
+    """A weight whose groups are of inputs that do not lie side by side (GPTQ's act-order).
+
+    Row i of `weight` belongs to input ``perm[i]``, so ``x @ self`` is ``x[..., perm] @ weight``.
+    A pytree like `AWQWeight`, which every transformation takes; a type of its own, so that code
+    which knows the arrays of an `AWQWeight` alone cannot pass over the permutation. Inside
+    `shard_map`, K must not be split.
+
+    Attributes:
+      weight: `AWQWeight`, (K, N), its rows in the order of the groups.
+      perm: int32 ``(K,)``, a permutation, with the batch dimensions of the weight.
+
+    Raises:
+      ValueError: the shapes disagree.
+      TypeError: `weight` is no `AWQWeight`, or `perm` is not int32.
+    """
+
+    weight: AWQWeight
+    perm: Any
+
+    def __post_init__(self):
+        if not isinstance(self.weight, AWQWeight):
+            raise TypeError(
+                f"PermutedWeight: weight must be an AWQWeight, got {type(self.weight).__name__}"
+            )
+        check_dtype("PermutedWeight", "perm", self.perm, "int32")
+        check_shape("PermutedWeight", "perm", self.perm, self.weight.shape[:-1])
+
+    def tree_flatten_with_keys(self):
+        return [(GetAttrKey("weight"), self.weight), (GetAttrKey("perm"), self.perm)], None
+
+    def tree_flatten(self):
+        return (self.weight, self.perm), None
+
+    @classmethod
+    def tree_unflatten(cls, static, leaves):
+        self = object.__new__(cls)
+        for field, value in zip(dataclasses.fields(cls), leaves, strict=True):
+            object.__setattr__(self, field.name, value)
+        return self
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(K, N), after the batch dimensions."""
+        return self.weight.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.weight.ndim
+
+    @property
+    def dtype(self):
+        """Dtype of the scales, and of the weight when it is dequantized."""
+        return self.weight.dtype
+
+    @property
+    def layout(self) -> str:
+        return self.weight.layout
+
+    @property
+    def group_size(self) -> int:
+        return self.weight.group_size
+
+    def permute_inputs(self, x: Any) -> Array:
+        """``x[..., perm]``, of shape ``(..., K)`` like `x`, or ``(E, ..., K)`` for (E, K, N)."""
+        k = self.shape[-2]
+        if x.ndim == 0 or x.shape[-1] != k:
+            raise ValueError(f"PermutedWeight: x must have shape (..., {k}), got {x.shape}")
+        if len(self.perm.shape) == 1:
+            return jnp.take(x, self.perm, axis=-1)
+        perm = jnp.expand_dims(self.perm, range(1, x.ndim - 1))
+        return jnp.take_along_axis(x, perm, axis=-1)
+
+    def restore_rows(self, dense: Any) -> Array:
+        """The rows of a ``(..., K, N)`` matrix in the order of the inputs."""
+        return jnp.take_along_axis(dense, jnp.argsort(self.perm)[..., None], axis=-2)
+
+    def dequantize(self, dtype: Any = None) -> Array:
+        """The (K, N) weight, rounded once to `dtype`, by default that of the scales."""
+        return awq_dequantize(self, dtype=dtype)
+
+    __array_ufunc__ = None
+
+    def __rmatmul__(self, x: Any) -> Array:
+        return awq_gemm(x, self)
+
+    def __repr__(self) -> str:
+        return f"PermutedWeight({self.weight!r}, perm={_shape_of(self.perm)})"
+
+
+WEIGHTS = (AWQWeight, PermutedWeight)  # what an op takes in place of the arrays of a weight
+
+# Lets `jax.export` store a function that takes or gives a weight; the names are in its files.
 export.register_pytree_node_serialization(
     AWQWeight,
     serialized_name="jax_awq.AWQWeight",
     serialize_auxdata=lambda static: json.dumps(static).encode(),
     deserialize_auxdata=lambda data: tuple(json.loads(data)),
 )
+export.register_pytree_node_serialization(
+    PermutedWeight,
+    serialized_name="jax_awq.PermutedWeight",
+    serialize_auxdata=lambda static: b"",
+    deserialize_auxdata=lambda data: None,
+)
 
 
-def convert(weight: AWQWeight, layout: str) -> AWQWeight:
+@overload
+def convert(weight: AWQWeight, layout: str) -> AWQWeight: ...
+@overload
+def convert(weight: PermutedWeight, layout: str) -> PermutedWeight: ...
+def convert(weight: Any, layout: str) -> Any:
     """The same codes, zeros and scales in another layout, bit for bit.
 
     Args:
-      weight: any `AWQWeight`; numpy arrays are converted on the host.
+      weight: any `AWQWeight` or `PermutedWeight`; numpy arrays are converted on the host.
       layout: "gemm", "gemv" or "oc_major".
 
     Returns:
-      An `AWQWeight` in `layout`; `weight` itself where it is in it.
+      The weight in `layout`; `weight` itself where it is in it.
 
     Raises:
       ValueError: `layout` is unknown, or cannot hold the weight: "gemv" and "oc_major" need K and
         group_size to be multiples of 8.
     """
     check_choice("convert", "layout", layout, LAYOUTS)
+    if isinstance(weight, PermutedWeight):
+        return dataclasses.replace(weight, weight=convert(weight.weight, layout))
     if layout == weight.layout:
         return weight
     codes, zeros, scales = decode(

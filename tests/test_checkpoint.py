@@ -105,7 +105,7 @@ def test_llama_linear_outputs(llama, module):
     )
 
 
-@pytest.mark.parametrize("version", ["gemm", "gemv"])
+@pytest.mark.parametrize("version", ["gemm", "gemv", "gemv_fast"])
 @pytest.mark.parametrize("case", VECTORS)
 def test_packed_vectors(tmp_path, case, version):
     data = vectors(case)
@@ -117,8 +117,14 @@ def test_packed_vectors(tmp_path, case, version):
         )
     )
     weight = loaded[LINEAR]
-    assert weight.layout == version
+    assert weight.layout == ("gemm" if version == "gemv_fast" else version)
     assert weight.group_size == VECTORS[case]
+    gemm = jax_awq.convert(weight, "gemm")
+    np.testing.assert_array_equal(gemm.qweight, data["gemm/qweight"])
+    np.testing.assert_array_equal(gemm.qzeros, data["gemm/qzeros"])
+    np.testing.assert_array_equal(gemm.scales, data["gemm/scales"])
+    zeros = jax_awq.unpack_int4(gemm.qzeros)
+    np.testing.assert_array_equal(zeros.T, data["zeros_oc_groups"])
     fake = data["fake_quant_fp16_oc_ic"].T
     assert_same_bits(weight.dequantize(), fake)
     assert_same_bits(jax_awq.convert(weight, "oc_major").dequantize(), fake)
@@ -166,14 +172,6 @@ def test_old_quant_config(tmp_path):
     assert jax_awq.load_hf(tmp_path)[LINEAR].group_size == 128
 
 
-@pytest.mark.parametrize("version", ["gemm", "gemv"])
-def test_version_from_the_tensors_alone(tmp_path, version):
-    config = {k: v for k, v in CONFIG.items() if k != "version"}
-    assert (
-        jax_awq.load_hf(write(tmp_path, linear(version=version), config))[LINEAR].layout == version
-    )
-
-
 def test_bfloat16_scales_and_dtype(tmp_path):
     tensors = linear()
     tensors[f"{LINEAR}.scales"] = tensors[f"{LINEAR}.scales"].astype(ml_dtypes.bfloat16)
@@ -214,17 +212,6 @@ def test_progress_only_if_asked(tmp_path, capsys, shown):
     captured = capsys.readouterr()
     assert ("3 of 3 tensors" in captured.err) == shown
     assert captured.out == ""
-
-
-@pytest.mark.parametrize("case", VECTORS)
-def test_gemv_fast_is_refused(tmp_path, case):
-    config = {**CONFIG, "group_size": VECTORS[case], "version": "gemv_fast"}
-    with pytest.raises(
-        ValueError,
-        match=rf"{LINEAR}.qweight in .*model.safetensors is in AutoAWQ "
-        "gemv_fast .* not read; the formats that are: gemm, gemv",
-    ):
-        jax_awq.load_hf(write(tmp_path, linear(case, "gemv_fast"), config))
 
 
 def test_gemv_padding_must_be_there(tmp_path):

@@ -46,7 +46,9 @@ def test_missing_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no \.safetensors file"):
         jax_awq.load_hf(tmp_path)
     write(tmp_path, linear(), None)
-    with pytest.raises(FileNotFoundError, match=r"neither config\.json nor quant_config\.json"):
+    with pytest.raises(
+        FileNotFoundError, match=r"neither config\.json, quant_config\.json nor quan"
+    ):
         jax_awq.load_hf(tmp_path)
     write(tmp_path, linear(), file="other.safetensors")
     with pytest.raises(ValueError, match=r"several .* model.safetensors, other.safetensors"):

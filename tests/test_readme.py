@@ -4,20 +4,32 @@ import json
 import pathlib
 import re
 
+import jax
+import jax.numpy as jnp
+
 from jax_awq.bench import report
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def test_usage_runs(monkeypatch):
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+def test_usage_runs(monkeypatch, capsys):
+    readme = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", readme, re.M | re.S)
     assert blocks
     monkeypatch.chdir(ROOT)
     scope: dict = {}
     exec("".join(blocks), scope)
+    printed = capsys.readouterr().out
+    comments = re.findall(r"^print\(.*\n# (.*\n)", "".join(blocks), re.M)
+    outputs = re.findall(r"^```\n\n```text\n(.*?)^```", readme, re.M | re.S)
+    assert comments
+    assert outputs
+    assert all(f"\n{text}" in f"\n{printed}" for text in comments + outputs)
     assert scope["y"].shape == (2, 24, 1536)
     assert scope["w"].shape == scope["gate"].shape
     assert scope["dx"].shape == scope["x"].shape
+    assert scope["ids"].shape == (1, 23)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, scope["again"], scope["params"]))
 
 
 def test_performance_table_is_the_committed_result():

@@ -2,6 +2,7 @@
 
 python -m jax_awq.bench awq_gemm --json OUT.json
 python -m jax_awq.bench awq_dequantize --json OUT.json
+python -m jax_awq.bench decode --json OUT.json
 python -m jax_awq.bench table OUT.json
 """
 
@@ -11,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jax_awq.bench import report
+from jax_awq.bench import decode, report
 from jax_awq.bench.impls import IMPLS, can_read
 from jax_awq.bench.run import READ_BYTES_PER_SECOND, run
 from jax_awq.bench.timing import METHOD, MIN_WEIGHT_BYTES
@@ -20,8 +21,13 @@ from jax_awq.problems import BENCH_PROBLEMS, BENCH_ROWS, PROBLEMS, Problem
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
+    if args.command == "decode":
+        return decode.main(args)
     if args.command == "table":
         rows = json.loads(args.json.read_text(encoding="utf-8"))["rows"]
+        if rows and rows[0]["op"] == "decode":
+            print(decode.markdown(rows), end="")
+            return 0
         text = report.overview(rows, args.overview) if args.overview else report.markdown(rows)
         print(text, end="")
         return 0
@@ -99,6 +105,9 @@ def _parser() -> argparse.ArgumentParser:
             help="keep the rows of the file that are not timed again, "
             "but ours only where they are of the same build",
         )
+    tokens = commands.add_parser("decode", help="tokens per second of a Llama-3-8B-shaped decoder")
+    decode.add_arguments(tokens)
+    tokens.add_argument("--json", type=Path, help="file for the rows")
     table = commands.add_parser("table", help="print the Markdown tables of a result")
     table.add_argument("json", type=Path)
     table.add_argument(

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 
 from jax_awq.checkpoint.config import read_json
 
-_INDEX = ".safetensors.index.json"
+INDEX = ".safetensors.index.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ def find_tensors(folder: Path) -> dict[str, Tensor]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"load_hf: there is no folder {folder}")
-    indices = sorted(folder.glob(f"*{_INDEX}"))
+    indices = sorted(folder.glob(f"*{INDEX}"))
     if len(indices) > 1:
         raise ValueError(f"load_hf: {folder} has several indices: {_names(indices)}")
     tensors: dict[str, Tensor] = {}
@@ -54,7 +55,7 @@ def find_tensors(folder: Path) -> dict[str, Tensor]:
 @contextlib.contextmanager
 def open_tensors() -> Iterator[Any]:
     """Gives a function from a `Tensor` to its numpy array; the files stay mapped meanwhile."""
-    safe_open = _safetensors().safe_open
+    safe_open = import_safetensors("load_hf").safe_open
     handles: dict[Path, Any] = {}
     with contextlib.ExitStack() as stack:
 
@@ -66,12 +67,11 @@ def open_tensors() -> Iterator[Any]:
         yield read
 
 
-def _safetensors():
+def import_safetensors(function: str, module: str = "safetensors") -> Any:
     try:
-        import safetensors
+        return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError("load_hf needs safetensors: pip install 'jax_awq[hf]'") from error
-    return safetensors
+        raise ImportError(f"{function} needs safetensors: pip install 'jax_awq[hf]'") from error
 
 
 def _single_file(folder: Path) -> Path:
@@ -80,8 +80,7 @@ def _single_file(folder: Path) -> Path:
         raise FileNotFoundError(f"load_hf: {folder} has no .safetensors file")
     if len(files) > 1:
         raise ValueError(
-            f"load_hf: {folder} has several .safetensors files and no "
-            f"model{_INDEX}: {_names(files)}"
+            f"load_hf: {folder} has several .safetensors files and no model{INDEX}: {_names(files)}"
         )
     return files[0]
 
@@ -101,7 +100,7 @@ def _shards(index: Path) -> list[Path]:
             )
         shards[file] = None
     # Other stems (consolidated, adapter_model) are other artefacts and not ours to judge.
-    stem = index.name.removesuffix(_INDEX)
+    stem = index.name.removesuffix(INDEX)
     pattern = (f"{stem}.safetensors", f"{stem}-*.safetensors")
     stray = [f for p in pattern for f in index.parent.glob(p) if f not in shards]
     if stray:
@@ -137,7 +136,7 @@ def _read_header(file: Path) -> list[Tensor]:
     The library validates the file. Its message names no tensor, and it takes a name that is there
     twice, so the header is read here too.
     """
-    safetensors = _safetensors()
+    safetensors = import_safetensors("load_hf")
     try:
         with safetensors.safe_open(file, "np"):
             pass

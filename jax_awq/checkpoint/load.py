@@ -1,11 +1,11 @@
-"""`load_hf`: a Hugging Face AWQ checkpoint as JAX arrays."""
+"""`load_hf`: a Hugging Face checkpoint of 4-bit weights as JAX arrays."""
 
 import collections
 import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,109 +13,137 @@ import numpy as np
 from jax import Array
 
 from jax_awq.checkpoint.config import QuantConfig, read_config
+from jax_awq.checkpoint.counts import check_counts
 from jax_awq.checkpoint.files import Tensor, find_tensors, open_tensors
-from jax_awq.checkpoint.formats import Readable, format_of, is_linear
-from jax_awq.weights import AWQWeight
+from jax_awq.checkpoint.formats import BadPart, Geometry, Readable, format_of, is_linear
+from jax_awq.weights import AWQWeight, PermutedWeight
+
+
+class Linear(NamedTuple):
+    """A quantized linear as its headers tell it; `parts` are those that make the weight."""
+
+    format: Readable
+    parts: dict[str, Tensor]
+    geometry: Geometry
 
 
 def load_hf(
     path: str | os.PathLike[str], *, dtype: Any = None, device: Any = None, progress: bool = False
-) -> dict[str, AWQWeight | Array]:
-    """Loads a checkpoint folder; weights stay as they are packed on disk.
+) -> dict[str, AWQWeight | PermutedWeight | Array]:
+    """Loads a checkpoint folder; AutoAWQ's gemm and gemv weights stay as they are packed on disk.
 
-    What is quantized is decided by the tensors that are there and cross-checked with the
+    What is quantized, and how, is decided by the tensors that are there and cross-checked with the
     configuration, which is often wrong about it. Every tensor is used or an error is raised, and
-    all headers are checked before the first value is read.
+    all headers are checked before the first value is read. Weights of the other formats become
+    layout "gemm" with the same codes, zero points and scales.
 
     Args:
-      path: folder with config.json (or quant_config.json) and one safetensors file, or several
-        and their index. The files are memory-mapped and read one tensor at a time.
+      path: folder with config.json (or quant_config.json, quantize_config.json) and one safetensors
+        file, or several and their index. The files are memory-mapped and read one linear at a time.
       dtype: floating dtype for the tensors that are not quantized; by default as stored. Scales
         stay as stored: the weight is rounded only once, in the product.
-      device: a `jax.Device` or `Sharding` for the arrays; by default JAX's default device.
+      device: a `jax.Device` or `Sharding` for the arrays; by default JAX's default device, which
+        also converts.
       progress: whether to show on stderr how far it is.
 
     Returns:
       Quantized linears under their module path (``model.layers.0.mlp.down_proj``) as `AWQWeight`,
-      every other tensor, also the bias of a linear, under its full name as an array.
+      or as `PermutedWeight` where GPTQ's act-order has changed the order of the inputs; every other
+      tensor, also the bias of a linear, under its full name as an array.
 
     Raises:
       FileNotFoundError: the folder, its configuration or a file that it names is missing.
-      ValueError: a file is damaged, a tensor is missing, unused, twice there or misshapen, the
-        configuration contradicts the tensors, or the format is not one of AutoAWQ's "gemm" and
-        "gemv".
+      ValueError: a file is damaged, a tensor, layer or expert is missing, a tensor is unused, twice
+        there or misshapen, has values that its format does not have, or is in a format that is not
+        read; or the configuration contradicts the tensors.
       TypeError: `dtype` is not floating.
       ImportError: safetensors is not installed.
 
-    Source: AutoAWQ 0.2.9, awq/models/base.py and awq/modules/linear.
+    Source: AutoAWQ 0.2.9, awq/modules/linear; llm-awq, awq/quantize/qmodule.py; GPTQModel 7.7.0;
+      compressed-tensors 0.19.0.
     """
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"load_hf: dtype must be floating, got {jnp.dtype(dtype)}")
     folder = Path(path)
     tensors = find_tensors(folder)
     config = read_config(folder)
-    linears = _find_linears(tensors, config)
-    packed = {t.name for _, parts, _ in linears.values() for t in parts}
-    plain = {name: t for name, t in tensors.items() if name not in packed}
-    for name in linears:
-        if name in plain:
-            raise ValueError(f"load_hf: {plain[name]} has the name of a quantized linear")
+    linears = {m: read_linear(m, parts, config) for m, parts in linear_parts(tensors).items()}
+    check_whole(folder, tensors, linears)
+    plain = other_tensors(tensors, linears)
 
-    result: dict[str, AWQWeight | Array] = {}
-    done = 0
+    result: dict[str, AWQWeight | PermutedWeight | Array] = {}
     with open_tensors() as read:
         report = _Progress(len(tensors), progress)
-
-        def load(tensor: Tensor, cast: Any = None) -> Array:
-            nonlocal done
-            array = read(tensor)
-            if cast is not None and jnp.issubdtype(array.dtype, jnp.floating):
-                array = array.astype(np.dtype(cast))
-            done += 1
-            report(done)
-            return jax.device_put(array, device)
-
         for name in sorted([*linears, *plain]):
             if name in plain:
-                result[name] = load(plain[name], dtype)
+                array = read(plain[name])
+                if dtype is not None and jnp.issubdtype(array.dtype, jnp.floating):
+                    array = array.astype(np.dtype(dtype))
+                result[name] = jax.device_put(array, device)
+                report(1)
             else:
-                found, parts, group_size = linears[name]
-                try:
-                    result[name] = found.build([load(t) for t in parts], group_size)
-                except ValueError as error:  # a size that no op takes, such as N = 12
-                    raise ValueError(f"load_hf: {parts[0]}: {error}") from error
+                result[name] = jax.device_put(_read_weight(linears[name], read), device)
+                report(len(linears[name].parts))
     return result
 
 
-def _find_linears(
-    tensors: dict[str, Tensor], config: QuantConfig
-) -> dict[str, tuple[Readable, list[Tensor], int]]:
+def linear_parts(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each quantized linear by its module path and the last part of their names."""
     modules: dict[str, dict[str, Tensor]] = collections.defaultdict(dict)
     for name, tensor in tensors.items():
         module, _, part = name.rpartition(".")
         modules[module][part] = tensor
-    linears = {}
-    for module, parts in modules.items():
-        if is_linear(parts):
-            found = format_of(parts, config)
-            linears[module] = found, *found.geometry(module, parts, config)
+    return {module: parts for module, parts in modules.items() if is_linear(parts)}
+
+
+def read_linear(module: str, parts: dict[str, Tensor], config: QuantConfig) -> Linear:
+    """A linear by its headers, which are checked."""
+    found = format_of(parts, config)
+    geometry = found.geometry(module, parts, config)
+    return Linear(found, {name: parts[name] for name in found.names(parts, config)}, geometry)
+
+
+def other_tensors(tensors: dict[str, Tensor], linears: dict[str, Linear]) -> dict[str, Tensor]:
+    """The tensors that are no part of a quantized weight."""
+    packed = {t.name for linear in linears.values() for t in linear.parts.values()}
+    return {name: t for name, t in tensors.items() if name not in packed}
+
+
+def check_whole(folder: Path, tensors: dict[str, Tensor], linears: dict[str, Linear]) -> None:
+    """Checks what no linear tells by itself: that there are any, none too few, and their names."""
     if not linears:
         files = ", ".join(sorted({str(t.file) for t in tensors.values()}))
         raise ValueError(
-            f"load_hf: {files} has no quantized linear, but {config.file} describes quantization"
+            f"load_hf: {files} has no quantized linear, but the configuration in {folder} "
+            "describes quantization"
         )
-    return linears
+    check_counts(folder, tensors)
+    for name in linears:
+        if name in tensors:
+            raise ValueError(f"load_hf: {tensors[name]} has the name of a quantized linear")
+
+
+def _read_weight(linear: Linear, read: Any) -> AWQWeight | PermutedWeight:
+    arrays = {name: read(tensor) for name, tensor in linear.parts.items()}
+    try:
+        return linear.format.weight(arrays, linear.geometry)
+    except BadPart as error:
+        raise ValueError(f"load_hf: {linear.parts[error.part]} {error}") from error
 
 
 class _Progress:
     def __init__(self, total: int, shown: bool):
-        self.total, self.shown, self.last = total, shown, 0.0
+        self.total, self.shown, self.done, self.last = total, shown, 0, 0.0
 
-    def __call__(self, done: int) -> None:
+    def __call__(self, count: int) -> None:
+        self.done += count
         now = time.monotonic()
-        if self.shown and (done == self.total or now - self.last > 0.1):
+        if self.shown and (self.done == self.total or now - self.last > 0.1):
             self.last = now
-            end = "\n" if done == self.total else ""
+            end = "\n" if self.done == self.total else ""
             print(
-                f"\rload_hf: {done} of {self.total} tensors", end=end, file=sys.stderr, flush=True
+                f"\rload_hf: {self.done} of {self.total} tensors",
+                end=end,
+                file=sys.stderr,
+                flush=True,
             )

@@ -29,7 +29,7 @@ def awq_dequantize(
 
     Args:
       qweight: ``(K, N/8)`` int32 for layout "gemm", ``(N, K/8)`` for "gemv" and "oc_major", or an
-        `AWQWeight` in place of all arrays.
+        `AWQWeight` or `PermutedWeight` in place of all arrays.
       scales: ``(K/group_size, N)`` float16, bfloat16 or float32, weight units per code step;
         ``(N, 8 * padded words)`` for "gemv".
       qzeros: int32 zero points 0 to 15, packed like the layout says; None is 8 everywhere.
@@ -49,12 +49,15 @@ def awq_dequantize(
 
     Source: AutoAWQ 0.2.9, awq/utils/packing_utils.py, dequantize_gemm.
     """
+    permuted = qweight if hasattr(qweight, "perm") else None
+    qweight = qweight if permuted is None else permuted.weight
     arrays, layout, group_size = _weight.unpack_weight(
         "awq_dequantize", qweight, scales, qzeros, layout, group_size
     )
-    return _awq_dequantize(
+    dense = _awq_dequantize(
         *arrays, layout=layout, group_size=group_size, dtype=dtype, variant=_weight.forced_variant()
     )
+    return dense if permuted is None else permuted.restore_rows(dense)
 
 
 @functools.partial(

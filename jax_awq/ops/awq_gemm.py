@@ -41,7 +41,7 @@ def awq_gemm(
     Args:
       x: ``(..., K)`` float16, bfloat16 or float32, activations.
       qweight: ``(K, N/8)`` int32 for layout "gemm", ``(N, K/8)`` for "gemv" and "oc_major", or an
-        `AWQWeight` in place of all weight arrays.
+        `AWQWeight` or `PermutedWeight` in place of all weight arrays.
       scales: ``(K/group_size, N)`` float16, bfloat16 or float32, weight units per code step;
         ``(N, 8 * padded words)`` for "gemv".
       qzeros: int32 zero points 0 to 15, packed as the layout says; None is 8 everywhere.
@@ -66,6 +66,8 @@ def awq_gemm(
 
     Source: AWQ, arXiv 2306.00978; layouts: AutoAWQ 0.2.9, awq/modules/linear.
     """
+    if hasattr(qweight, "perm"):
+        x, qweight = qweight.permute_inputs(x), qweight.weight
     arrays, layout, group_size = _weight.unpack_weight(
         "awq_gemm", qweight, scales, qzeros, layout, group_size
     )

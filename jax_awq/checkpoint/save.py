@@ -1,0 +1,238 @@
+"""`save_hf`: weights as a Hugging Face folder in AutoAWQ's gemm format, for other engines."""
+
+import contextlib
+import functools
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jax_awq._checks import check_dtype
+from jax_awq._packing import group_shapes
+from jax_awq.checkpoint.config import CONFIG_FILES
+from jax_awq.checkpoint.files import INDEX, import_safetensors
+from jax_awq.weights import AWQWeight, PermutedWeight, convert
+
+_ZEROS_OF_8 = -0x77777778  # 0x88888888 in int32: what stands for no zero points in a word
+_BLOCK = re.compile(r"(.*?\.)\d+\.")
+
+
+class _Entry(NamedTuple):
+    """The tensors of one parameter: their sizes, and their values once these are needed."""
+
+    bytes: dict[str, int]
+    arrays: Callable[[], dict[str, np.ndarray]]
+
+
+def save_hf(
+    path: str | os.PathLike[str],
+    params: Mapping[str, Any],
+    config: Mapping[str, Any],
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+    overwrite: bool = False,
+) -> None:
+    """Writes a checkpoint folder in AutoAWQ's "gemm" format, the inverse of `load_hf`.
+
+    Codes, zero points, scales and other tensors keep their bits; weights in another layout are
+    converted, and a weight without zero points gets 8 for all of them. Everything is written beside
+    the folder and then renamed, config.json last: a folder that loads is complete. Files of the
+    tokenizer are the caller's to copy.
+
+    Args:
+      path: the folder, made if it is not there.
+      params: as `load_hf` gives them: module path -> `AWQWeight` (K, N) with float16 or bfloat16
+        scales, tensor name -> array.
+      config: config.json of the model (``model_type``, sizes, ...); its ``quantization_config`` is
+        replaced.
+      max_shard_bytes: above it the tensors are divided over several files with an index. The three
+        of a weight stay in one file, which may be larger for them.
+      overwrite: whether the weights and configuration of a model that is in the folder may be
+        replaced. Other files stay.
+
+    Raises:
+      FileExistsError: the folder holds a model and `overwrite` is false, or it is a file.
+      ValueError: no weight is quantized, one is stacked or has permuted inputs, their group sizes
+        differ, or two tensors have one name.
+      TypeError: a value is no array, or scales are float32.
+      ImportError: safetensors is not installed.
+
+    Source: AutoAWQ 0.2.9, awq/modules/linear/gemm.py and awq/models/_config.py.
+    """
+    if max_shard_bytes < 1:
+        raise ValueError(f"save_hf: max_shard_bytes must be 1 or more, got {max_shard_bytes}")
+    save_file = import_safetensors("save_hf", "safetensors.numpy").save_file
+    folder = Path(path).absolute()
+    _check_target(folder, overwrite)
+    entries = _entries(params)
+    quantization = _quantization_config(params)
+    text = json.dumps({**config, "quantization_config": quantization}, indent=2, sort_keys=True)
+
+    with _temporary_beside(folder) as temporary:
+        shards = _shards(entries, max_shard_bytes)
+        weight_map: dict[str, str] = {}
+        for number, shard in enumerate(shards, 1):
+            file = "model" + f"-{number:05}-of-{len(shards):05}" * (len(shards) > 1)
+            arrays = {n: a for entry in shard for n, a in entry.arrays().items()}
+            weight_map |= dict.fromkeys(arrays, f"{file}.safetensors")
+            # transformers refuses a file that does not name a framework.
+            save_file(
+                {n: np.ascontiguousarray(a) for n, a in arrays.items()},
+                temporary / f"{file}.safetensors",
+                metadata={"format": "pt"},
+            )
+        if len(shards) > 1:
+            index = {
+                "metadata": {"total_size": sum(sum(e.bytes.values()) for e in entries)},
+                "weight_map": dict(sorted(weight_map.items())),
+            }
+            (temporary / f"model{INDEX}").write_text(json.dumps(index, indent=2) + "\n")
+        (temporary / "config.json").write_text(text + "\n")
+        _move(temporary, folder)
+
+
+def _entries(params: Mapping[str, Any]) -> list[_Entry]:
+    entries, owners = [], dict[str, str]()
+    for name in sorted(params):
+        entry = _entry(name, params[name])
+        for tensor in entry.bytes:
+            if tensor in owners:
+                raise ValueError(
+                    f"save_hf: tensor {tensor} must come from one parameter, got "
+                    f"{owners[tensor]} and {name}"
+                )
+            owners[tensor] = name
+        entries.append(entry)
+    return entries
+
+
+def _entry(name: str, value: Any) -> _Entry:
+    if isinstance(value, PermutedWeight):
+        raise ValueError(
+            f"save_hf: {name} has permuted inputs (GPTQ's act-order), for which AutoAWQ's format "
+            "has no place"
+        )
+    if not isinstance(value, AWQWeight):
+        if not hasattr(value, "dtype") or not hasattr(value, "shape"):
+            raise TypeError(
+                f"save_hf: {name} must be an AWQWeight or an array, got {type(value).__name__}"
+            )
+        return _Entry({name: value.nbytes}, lambda: {name: np.asarray(value)})
+    if value.ndim != 2:
+        raise ValueError(f"save_hf: {name} must be (K, N), got shape {value.shape}")
+    check_dtype("save_hf", f"scales of {name}", value.scales, "float16", "bfloat16")
+    k, n = value.shape
+    scales, qzeros = group_shapes(k, n, value.group_size, "gemm")
+    sizes = {"qweight": k * n // 2, "qzeros": 4 * np.prod(qzeros), "scales": 2 * np.prod(scales)}
+    return _Entry(
+        {f"{name}.{part}": int(size) for part, size in sizes.items()},
+        functools.partial(_arrays, name, value),
+    )
+
+
+def _arrays(name: str, weight: AWQWeight) -> dict[str, np.ndarray]:
+    weight = convert(jax.device_get(weight), "gemm")
+    k, n = weight.shape
+    _, shape = group_shapes(k, n, weight.group_size, "gemm")
+    qzeros = weight.qzeros
+    return {
+        f"{name}.qweight": weight.qweight,
+        f"{name}.qzeros": np.full(shape, _ZEROS_OF_8, np.int32) if qzeros is None else qzeros,
+        f"{name}.scales": weight.scales,
+    }
+
+
+def _quantization_config(params: Mapping[str, Any]) -> dict[str, Any]:
+    weights = {name: w for name, w in params.items() if isinstance(w, AWQWeight)}
+    if not weights:
+        raise ValueError("save_hf: params must have an AWQWeight, got none")
+    # One group may be called -1 or K; the configuration has one number for all weights.
+    names = {n: {w.group_size, *_names_of_one_group(w)} for n, w in weights.items()}
+    common = set.intersection(*names.values())
+    if not common:
+        told = ", ".join(f"{n} {w.group_size}" for n, w in weights.items())
+        raise ValueError(f"save_hf: all weights must have the same group_size, got {told}")
+    first = next(iter(weights.values())).group_size
+    return {
+        "bits": 4,
+        "group_size": first if first in common else max(common),
+        "modules_to_not_convert": _left_out(params, weights),
+        "quant_method": "awq",
+        "version": "gemm",
+        "zero_point": True,
+    }
+
+
+def _names_of_one_group(weight: AWQWeight) -> tuple[int, ...]:
+    k, _ = weight.shape
+    return (-1, k) if weight.group_size in (-1, k) else ()
+
+
+def _left_out(params: Mapping[str, Any], weights: Mapping[str, Any]) -> list[str] | None:
+    """The linears that other tools would take for quantized: those in a stack that has some."""
+    stacks = {match[1] for name in weights if (match := _BLOCK.match(name))}
+    found = [
+        name.removesuffix(".weight")
+        for name, value in params.items()
+        if name.endswith(".weight") and name not in weights and len(value.shape) == 2
+        if (match := _BLOCK.match(name)) and match[1] in stacks
+    ]
+    return sorted(found) or None
+
+
+def _shards(entries: list[_Entry], limit: int) -> list[list[_Entry]]:
+    shards: list[list[_Entry]] = [[]]
+    size = 0
+    for entry in entries:
+        more = sum(entry.bytes.values())
+        if shards[-1] and size + more > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(entry)
+        size += more
+    return shards
+
+
+def _check_target(folder: Path, overwrite: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"save_hf: {folder} must be a folder")
+    files = _model_files(folder)
+    if files and not overwrite:
+        raise FileExistsError(
+            f"save_hf: {folder} holds a model already ({', '.join(f.name for f in files)}); "
+            "overwrite=True replaces it"
+        )
+
+
+def _model_files(folder: Path) -> list[Path]:
+    """Configurations first: a folder that has lost them does not load."""
+    configs = [folder / name for name in CONFIG_FILES]
+    patterns = (f"*{INDEX}", "*.safetensors")
+    return [f for f in configs if f.is_file()] + sorted(f for p in patterns for f in folder.glob(p))
+
+
+@contextlib.contextmanager
+def _temporary_beside(folder: Path) -> Iterator[Path]:
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move(temporary: Path, folder: Path) -> None:
+    if not folder.exists():
+        temporary.rename(folder)
+        return
+    for file in _model_files(folder):
+        file.unlink()
+    for file in sorted(temporary.iterdir(), key=lambda f: f.name == "config.json"):
+        file.replace(folder / file.name)

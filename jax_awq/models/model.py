@@ -1,0 +1,219 @@
+"""`load`: a checkpoint as a model that gives logits and generates."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jax_awq.checkpoint import load_hf
+from jax_awq.models import decoder, sampling
+from jax_awq.models.attention import make_cache
+from jax_awq.models.config import DecoderConfig, read_decoder_config
+from jax_awq.models.params import assemble
+
+_BUCKET = 64  # lengths are rounded up to it, so that few programs serve all prompts
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    layers: Literal["unrolled", "stacked"] = "unrolled",
+    attention: Literal["xla", "cudnn"] | None = None,
+    device: Any = None,
+    progress: bool = False,
+) -> "Model":
+    """Loads a Hugging Face folder with a Llama, Mistral, Qwen2, Qwen3 or Qwen3-MoE decoder.
+
+    Args:
+      path: as for `jax_awq.load_hf`; the weights stay packed.
+      dtype: float16, bfloat16 or float32, of activations and of what is not quantized; by default
+        that of config.json.
+      layers: "unrolled", a program with every layer of its own, or "stacked", one `lax.scan` over
+        them, which compiles faster; see `jax_awq.models.decoder`.
+      attention: what computes attention over a prompt without padding: "cudnn", which is chosen
+        on CUDA devices for 16-bit dtypes where cuDNN takes the heads, or "xla".
+      device, progress: as for `load_hf`.
+
+    Raises:
+      FileNotFoundError, ImportError: as for `load_hf`.
+      ValueError: as for `load_hf`; the model_type or a feature of config.json is not supported, or
+        a tensor is missing, unused or misshapen for it.
+      TypeError: `dtype` is none of the three.
+    """
+    if layers not in ("unrolled", "stacked"):
+        raise ValueError(f"load: layers must be 'unrolled' or 'stacked', got {layers!r}")
+    config = read_decoder_config(Path(path))
+    if dtype is not None:
+        config = dataclasses.replace(config, dtype=str(jnp.dtype(dtype)))
+    if config.dtype not in ("float16", "bfloat16", "float32"):
+        raise TypeError(f"load: dtype must be float16, bfloat16 or float32, got {config.dtype}")
+    if layers == "stacked" and len(set(config.windows)) > 1:
+        raise ValueError(
+            f"load: layers='stacked' needs equal layers, but their windows are {config.windows}"
+        )
+    tensors = load_hf(path, dtype=config.dtype, device=device, progress=progress)
+    params = assemble(tensors, config, stacked=layers == "stacked")
+    if attention is None:
+        attention = "cudnn" if _cudnn_takes(config, params["embed"]) else "xla"
+    return Model(params, dataclasses.replace(config, attention=attention))
+
+
+def _cudnn_takes(config: DecoderConfig, array: Array) -> bool:
+    device = next(iter(array.devices()))
+    if device.platform != "gpu" or "cuda" not in device.client.platform_version.lower():
+        return False
+    capability = float(device.compute_capability)
+    largest = 256 if capability >= 9 else 128
+    return (
+        capability >= 8
+        and config.dtype != "float32"
+        and config.head_dim % 8 == 0
+        and config.head_dim <= largest
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Model:
+    """Parameters and configuration of a decoder; the functions are in `jax_awq.models.decoder`.
+
+    Padding stands on the left, as `attention_mask` tells: rows of a batch then end together.
+    """
+
+    params: dict[str, Any]
+    config: DecoderConfig
+
+    def logits(self, input_ids: Any, attention_mask: Any = None) -> Array:
+        """Next-token logits, float32 (B, T, V), of tokens (B, T).
+
+        Args:
+          attention_mask: (B, T) of 0 for padding on the left, 1 for tokens; None for no padding.
+            Padding on the right needs none: nothing attends to what follows it.
+
+        Raises:
+          ValueError: a token is out of the vocabulary, there are more tokens than the model has
+            positions, or the mask has another form.
+        """
+        ids, start = self._checked("logits", input_ids, attention_mask, 0)
+        return decoder.logits(self.params, jnp.asarray(ids), start, config=self.config)
+
+    def generate(self, input_ids: Any, max_new_tokens: int, **options: Any) -> np.ndarray:
+        """The tokens (B, T) with up to `max_new_tokens` new ones, int32 (B, T + new).
+
+        Options, results and errors are those of `stream`.
+        """
+        ids = np.asarray(input_ids, np.int32)
+        new = list(self.stream(input_ids, max_new_tokens, **options))
+        return np.concatenate([ids, *(token[:, None] for token in new)], axis=1)
+
+    def stream(
+        self,
+        input_ids: Any,
+        max_new_tokens: int,
+        *,
+        attention_mask: Any = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        eos_token_id: int | Sequence[int] | None = None,
+    ) -> Iterator[np.ndarray]:
+        """Yields new tokens, int32 (B,), as they come.
+
+        Args:
+          input_ids: (B, T) tokens, T at least 1.
+          max_new_tokens: at most so many are yielded.
+          attention_mask: as for `logits`.
+          temperature: 0 takes the most likely token, otherwise logits are divided by it and a
+            token is drawn.
+          top_p: the part of the probability from which is drawn, see `sampling.sample`.
+          seed: of the random numbers; the same seed gives the same tokens.
+          eos_token_id: token or tokens that end a row, which then repeats the first of them; it
+            is over when all rows have ended. By default those of the checkpoint; () for none.
+
+        Raises:
+          ValueError: as for `logits`, or `temperature` or `top_p` is out of range.
+        """
+        if max_new_tokens < 0:
+            raise ValueError(f"generate: max_new_tokens must be 0 or more, got {max_new_tokens}")
+        if temperature < 0:
+            raise ValueError(f"generate: temperature must be 0 or more, got {temperature}")
+        if not 0 <= top_p <= 1:
+            raise ValueError(f"generate: top_p must be from 0 to 1, got {top_p}")
+        ids, start = self._checked("generate", input_ids, attention_mask, max_new_tokens)
+        ends = self.config.eos_token_ids if eos_token_id is None else np.atleast_1d(eos_token_id)
+        key = jax.random.key(seed)
+
+        def pick(logits: Array, step: int) -> Array:
+            if temperature == 0:
+                return sampling.greedy(logits)
+            return sampling.sample(logits, key, step, temperature, top_p, nucleus=top_p < 1)
+
+        return self._stream(ids, start, max_new_tokens, pick, np.asarray(ends, np.int32))
+
+    def _stream(self, ids, start, max_new_tokens, pick, ends) -> Iterator[np.ndarray]:
+        if max_new_tokens == 0:
+            return
+        batch, tokens = ids.shape
+        stacked = isinstance(self.params["layers"], dict)
+        slots = _rounded(_rounded(tokens) + max_new_tokens)
+        cache = make_cache(self.config, batch, slots, stacked=stacked, start=start)
+        filled = np.pad(ids, ((0, 0), (0, _rounded(tokens) - tokens)))
+        logits, cache = decoder.prefill(
+            self.params, filled, np.int32(tokens), cache, config=self.config
+        )
+        ended = np.zeros(batch, bool)
+        for step in range(max_new_tokens):
+            token = pick(logits, step)
+            if step + 1 < max_new_tokens:
+                # Before the token is looked at, so that the device need not wait for the host.
+                logits, cache = decoder.decode_step(self.params, token, cache, config=self.config)
+            seen = np.asarray(token)
+            if ended.any():
+                seen = np.where(ended, ends[0], seen)
+            yield seen
+            ended = np.isin(seen, ends)
+            if ended.all():
+                return
+
+    def _checked(self, name, input_ids, attention_mask, new) -> tuple[np.ndarray, Array | None]:
+        ids = np.asarray(input_ids)
+        if ids.ndim != 2 or 0 in ids.shape or not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(
+                f"{name}: input_ids must be integers (B, T) of at least one token, "
+                f"got {ids.dtype} {ids.shape}"
+            )
+        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
+            raise ValueError(
+                f"{name}: input_ids must be from 0 to {self.config.vocab_size - 1}, "
+                f"got {ids.min()} to {ids.max()}"
+            )
+        if ids.shape[1] + new > self.config.max_positions:
+            raise ValueError(
+                f"{name}: {ids.shape[1]} tokens and {new} new ones exceed "
+                f"max_position_embeddings, {self.config.max_positions}"
+            )
+        if attention_mask is None:
+            return ids.astype(np.int32), None
+        mask = np.asarray(attention_mask)
+        if mask.shape != ids.shape or not np.isin(mask, (0, 1)).all():
+            raise ValueError(
+                f"{name}: attention_mask must be 0 and 1 of shape {ids.shape}, got {mask.shape}"
+            )
+        if (np.diff(mask.astype(np.int8), axis=1) < 0).any() or not mask[:, -1].all():
+            raise ValueError(
+                f"{name}: attention_mask must be 0 on the left and 1 to the end of each row: "
+                "padding stands on the left"
+            )
+        start = (mask.shape[1] - mask.sum(axis=1)).astype(np.int32)
+        return ids.astype(np.int32), jnp.asarray(start) if start.any() else None
+
+
+def _rounded(length: int) -> int:
+    return math.ceil(length / _BUCKET) * _BUCKET

@@ -1,0 +1,214 @@
+"""From the tensors of a checkpoint to the parameters of a decoder."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jax_awq.models.config import DecoderConfig
+from jax_awq.models.layers import Linear
+from jax_awq.weights import AWQWeight
+
+_ARRAYS = ("qweight", "scales", "qzeros")
+# The axis of N in each array of a weight, by layout.
+_N_AXES = {"gemm": (-1, -1, -1), "gemv": (-2, -2, -2), "oc_major": (-2, -1, -1)}
+
+
+def assemble(
+    tensors: dict[str, Any], config: DecoderConfig, *, stacked: bool = False
+) -> dict[str, Any]:
+    """The parameters that `jax_awq.models.decoder` takes.
+
+    Linears of the same input are fused along N, bit for bit, where layout, group size and dtypes
+    agree.
+
+    Args:
+      tensors: of `load_hf`, which is emptied: each is freed when it has found its place, so that
+        no second copy of the model comes to life.
+      stacked: whether the layers are stacked for a scan.
+
+    Raises:
+      ValueError: a tensor is missing, unused or misshapen, or `stacked` and layers differ.
+    """
+    source = _Source(tensors)
+    hidden, vocab = config.hidden_size, config.vocab_size
+    params: dict[str, Any] = {
+        "embed": source.array("model.embed_tokens.weight", (vocab, hidden)),
+        "norm": source.array("model.norm.weight", (hidden,)),
+    }
+    _put_head(params, source, config)
+    layers = [_layer(source, index, config) for index in range(config.num_layers)]
+    _drop_frequencies(source, config)
+    if tensors:
+        raise ValueError(
+            f"load: model_type {config.model_type!r} has no place for {_some(sorted(tensors))}"
+        )
+    params["layers"] = stack(layers) if stacked else tuple(layers)
+    return params
+
+
+def stack(layers: list[dict[str, Any]]) -> dict[str, Any]:
+    """One tree with a leading dimension of many with the same structure; `layers` is emptied."""
+    structures = [jax.tree.structure(layer) for layer in layers]
+    shapes = [[(a.shape, a.dtype) for a in jax.tree.leaves(layer)] for layer in layers]
+    for index, found in enumerate(zip(structures, shapes, strict=True)):
+        if found != (structures[0], shapes[0]):
+            raise ValueError(
+                f"load: {index} and 0 differ in structure or shapes, so they cannot be stacked: "
+                f"{layers[index]} and {layers[0]}"
+            )
+    columns = [list(leaves) for leaves in zip(*map(jax.tree.leaves, layers), strict=True)]
+    layers.clear()
+    leaves = []
+    for column in reversed(columns):
+        leaves.append(jnp.stack(column))
+        column.clear()
+    return jax.tree.unflatten(structures[0], leaves[::-1])
+
+
+def _layer(source: "_Source", index: int, config: DecoderConfig) -> dict[str, Any]:
+    name = f"model.layers.{index}"
+    hidden, head = config.hidden_size, config.head_dim
+    heads, kv = config.num_heads * head, config.num_kv_heads * head
+    attention = f"{name}.self_attn"
+    bias = config.attention_bias
+    layer: dict[str, Any] = {
+        "input_norm": source.array(f"{name}.input_layernorm.weight", (hidden,)),
+        "post_norm": source.array(f"{name}.post_attention_layernorm.weight", (hidden,)),
+        "attention": fuse(
+            {
+                "q_proj": source.linear(f"{attention}.q_proj", hidden, heads, bias),
+                "k_proj": source.linear(f"{attention}.k_proj", hidden, kv, bias),
+                "v_proj": source.linear(f"{attention}.v_proj", hidden, kv, bias),
+            },
+            "qkv_proj",
+        )
+        | {"o_proj": source.linear(f"{attention}.o_proj", heads, hidden, config.output_bias)},
+    }
+    if config.qk_norm:
+        for part in ("q_norm", "k_norm"):
+            layer[part] = source.array(f"{attention}.{part}.weight", (head,))
+    if not config.is_sparse(index):
+        layer["mlp"] = _mlp(source, f"{name}.mlp", config.intermediate_size, config)
+        return layer
+    experts = config.experts
+    assert experts is not None
+    layer["mixture"] = {
+        "router": source.linear(f"{name}.mlp.gate", hidden, experts.num_experts, False),
+        "experts": stack(
+            [
+                _mlp(source, f"{name}.mlp.experts.{e}", experts.intermediate_size, config)
+                for e in range(experts.num_experts)
+            ]
+        ),
+    }
+    return layer
+
+
+def _mlp(source: "_Source", name: str, size: int, config: DecoderConfig) -> dict[str, Linear]:
+    hidden, bias = config.hidden_size, config.mlp_bias
+    up = {
+        part: source.linear(f"{name}.{part}", hidden, size, bias)
+        for part in ("gate_proj", "up_proj")
+    }
+    down = source.linear(f"{name}.down_proj", size, hidden, bias)
+    return fuse(up, "gate_up_proj") | {"down_proj": down}
+
+
+def _put_head(params: dict[str, Any], source: "_Source", config: DecoderConfig) -> None:
+    found = source.has("lm_head")
+    if not config.tie_embeddings:
+        if not found:
+            raise ValueError(
+                "load: tensor lm_head.weight is missing, and tie_word_embeddings is false"
+            )
+        params["lm_head"] = source.linear(
+            "lm_head", config.hidden_size, config.vocab_size, source.has("lm_head.bias")
+        )
+    elif found:
+        head = source.linear("lm_head", config.hidden_size, config.vocab_size, False)
+        same = isinstance(head.weight, jax.Array) and jnp.array_equal(head.weight, params["embed"])
+        if not same:
+            raise ValueError(
+                "load: lm_head.weight differs from model.embed_tokens.weight, "
+                "but tie_word_embeddings is true"
+            )
+
+
+def _drop_frequencies(source: "_Source", config: DecoderConfig) -> None:
+    """Old tools wrote what the configuration already tells."""
+    want = config.rope.frequencies(config.head_dim)
+    for name in [n for n in source.tensors if n.endswith(".rotary_emb.inv_freq")]:
+        found = np.asarray(source.tensors.pop(name), np.float32)
+        if found.shape != want.shape or not np.allclose(found, want, rtol=1e-2, atol=1e-7):
+            raise ValueError(f"load: tensor {name} has other frequencies than config.json")
+
+
+def fuse(parts: dict[str, Linear], name: str) -> dict[str, Linear]:
+    """`{name: one linear}` where the parts can be concatenated along N, else `parts`."""
+    biases = [part.bias for part in parts.values() if part.bias is not None]
+    weights = [part.weight for part in parts.values()]
+    if len(biases) not in (0, len(parts)):
+        return parts
+    bias = jnp.concatenate(biases) if biases else None
+    if all(isinstance(w, jax.Array) for w in weights):
+        return {name: Linear(jnp.concatenate(weights), bias)}
+    if any(_kind(w) is None or _kind(w) != _kind(weights[0]) for w in weights):
+        return parts
+    joined = {
+        array: None
+        if getattr(weights[0], array) is None
+        else jnp.concatenate([getattr(w, array) for w in weights], axis=axis)
+        for array, axis in zip(_ARRAYS, _N_AXES[weights[0].layout], strict=True)
+    }
+    return {name: Linear(dataclasses.replace(weights[0], **joined), bias)}
+
+
+def _kind(weight: Any) -> Any:
+    """What has to agree for weights to be fused; None for what cannot be, as with a permutation."""
+    if not isinstance(weight, AWQWeight):
+        return None
+    dtypes = [getattr(getattr(weight, name), "dtype", None) for name in _ARRAYS]
+    return weight.layout, weight.group_size, dtypes, weight.shape[0]
+
+
+class _Source:
+    """The tensors that are left, taken by name and with the shape they must have."""
+
+    def __init__(self, tensors: dict[str, Any]):
+        self.tensors = tensors
+
+    def has(self, name: str) -> bool:
+        return name in self.tensors or f"{name}.weight" in self.tensors
+
+    def array(self, name: str, shape: tuple[int, ...]) -> Array:
+        if name not in self.tensors:
+            raise ValueError(f"load: tensor {name} is missing{self._instead(name)}")
+        found = self.tensors.pop(name)
+        if found.shape != shape:
+            raise ValueError(f"load: tensor {name} must have shape {shape}, got {found.shape}")
+        return found
+
+    def linear(self, name: str, k: int, n: int, bias: bool) -> Linear:
+        if name in self.tensors:
+            weight = self.tensors.pop(name)
+            if weight.shape != (k, n):
+                raise ValueError(
+                    f"load: linear {name} must have (K, N) = {(k, n)}, got {weight.shape}"
+                )
+        else:
+            weight = self.array(f"{name}.weight", (n, k))
+        return Linear(weight, self.array(f"{name}.bias", (n,)) if bias else None)
+
+    def _instead(self, name: str) -> str:
+        parent = name.rpartition(".")[0].rpartition(".")[0]
+        near = sorted(n for n in self.tensors if parent and n.startswith(parent))
+        return f"; left of {parent}: {_some(near)}" if near else ""
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - 5
+    return ", ".join(names[:5]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,43 @@
+"""From logits to the next token."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+@jax.jit
+def greedy(logits: Array) -> Array:
+    """The most likely token, int32 (B,), of logits (B, V)."""
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames="nucleus")
+def sample(
+    logits: Array, key: Array, step: Any, temperature: Any, top_p: Any, *, nucleus: bool = True
+) -> Array:
+    """A random token, int32 (B,), of logits (B, V) divided by `temperature`.
+
+    Args:
+      step: number of the token; with `key` it decides what is drawn.
+      top_p: only the most likely tokens are drawn whose probabilities just reach it together.
+      nucleus: False where `top_p` is 1, to leave out the sorting.
+
+    Source: nucleus sampling, arXiv 1904.09751.
+    """
+    logits = logits.astype(jnp.float32) / temperature
+    if nucleus:
+        logits = jnp.where(_nucleus(logits, top_p), logits, -jnp.inf)
+    return jax.random.categorical(jax.random.fold_in(key, step), logits).astype(jnp.int32)
+
+
+def _nucleus(logits: Array, top_p: Any) -> Array:
+    order = jnp.argsort(logits, axis=-1, descending=True)
+    chances = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
+    before = jnp.cumsum(chances, axis=-1) - chances
+    # The first is always kept, so that top_p = 0 is the most likely token.
+    kept = (before < top_p).at[..., 0].set(True)
+    rows = jnp.arange(logits.shape[0])[:, None]
+    return jnp.zeros(logits.shape, bool).at[rows, order].set(kept)

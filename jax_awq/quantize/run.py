@@ -1,0 +1,210 @@
+"""`quantize`: AWQ over a whole model."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jax_awq._checks import FLOATS, check_dtype
+from jax_awq.quantize.blocks import Block, check_blocks, weight_of
+from jax_awq.quantize.rtn import round_to_nearest
+from jax_awq.quantize.search import search_clip, search_scale
+from jax_awq.quantize.state import State
+from jax_awq.quantize.statistics import Statistics, collect_statistics
+from jax_awq.weights import AWQWeight
+
+# Of queries and keys the product counts, which clipping one of them does not see.
+_NOT_CLIPPED = ("q_", "k_", "query", "key", "Wqkv")
+_PARTS = ("qweight", "scales", "qzeros")
+
+
+def is_clipped(path: str) -> bool:
+    """Whether AutoAWQ searches a clip for a linear: not for queries and keys."""
+    name = path.rpartition(".")[2]
+    return not any(part in name for part in _NOT_CLIPPED)
+
+
+def quantize(
+    params: Mapping[str, Any],
+    blocks: Sequence[Block],
+    inputs: Callable[[Block], Iterable[Any]],
+    *,
+    group_size: int = 128,
+    dtype: Any = jnp.float16,
+    clip: Callable[[str], bool] = is_clipped,
+    folder: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+) -> dict[str, AWQWeight | Array]:
+    """Quantizes the linears of a model with AWQ.
+
+    For each block the scale of its inputs is searched, folded into its weights and into the op
+    before it, then the clip of every group, and the weights are rounded to nearest. Scales are
+    searched on the weights as they are given.
+
+    Args:
+      params: float tensors by their names in a checkpoint, ``path.weight`` (N, K) with outputs
+        first, ``path.bias`` (N,).
+      blocks: `decoder_blocks`, or others.
+      inputs: function from a block to batches ``(..., K)`` of its input, which the float model has
+        on calibration data. It is called at most once for a block, in their order, but together
+        with the block of `previous` where that is a linear.
+      group_size: inputs that share one scale, -1 for all of them.
+      dtype: of the scales, and of the arithmetic when rounding: float16 as AutoAWQ, or bfloat16,
+        float32.
+      clip: whether to search a clip for the linear of a path; AutoAWQ's choice by default.
+      folder: where to keep what is done; with it a run that was stopped goes on at the same block.
+        Weights and settings must be the same, which is checked, and calibration data.
+      progress: whether to show a bar on stderr; needs rich.
+
+    Returns:
+      As `load_hf` gives it: ``{path: AWQWeight}`` for the linears of `blocks`, every other tensor
+      under its name, those that scales were folded into in their own dtype.
+
+    Raises:
+      ValueError: a tensor that is missing or misshapen, a path in two blocks, or a file of another
+        run; named.
+      TypeError: `dtype` is not one of the three.
+      ImportError: rich or safetensors is needed and not installed.
+
+    Source: AWQ, arXiv 2306.00978; AutoAWQ 0.2.9, AwqQuantizer.quantize.
+    """
+    check_dtype("quantize", "dtype", jax.ShapeDtypeStruct((), dtype), *FLOATS)
+    check_blocks(params, blocks, group_size)
+    run = _Run(params, tuple(blocks), inputs, group_size, jnp.dtype(dtype), clip, State(folder))
+    result: dict[str, AWQWeight | Array] = dict(params)
+    for index in _shown(range(len(blocks)), progress):
+        result |= run.quantized(index)
+        for path in run.blocks[index].linears:
+            del result[f"{path}.weight"]
+    return result | run.folded()
+
+
+@dataclasses.dataclass
+class _Run:
+    params: Mapping[str, Any]
+    blocks: tuple[Block, ...]
+    inputs: Callable[[Block], Iterable[Any]]
+    group_size: int
+    dtype: Any
+    clip: Callable[[str], bool]
+    state: State
+
+    def __post_init__(self) -> None:
+        self.scales: dict[int, Array] = {}
+        self.statistics: dict[int, Statistics] = {}
+        self.consumer = {block.previous: i for i, block in enumerate(self.blocks)}
+
+    def quantized(self, index: int) -> dict[str, AWQWeight | Array]:
+        block, name = self.blocks[index], f"{index:05}.weights"
+        settings = self._settings(block)
+        arrays = self.state.load(name, settings)
+        if arrays is None:
+            weights = {path: self._quantized(index, path) for path in block.linears}
+            arrays = {
+                f"{path}.{part}": getattr(weight, part)
+                for path, weight in weights.items()
+                for part in _PARTS
+            }
+            self.state.save(name, settings, arrays)
+        self.statistics.pop(index, None)
+        return {
+            path: AWQWeight(
+                *(arrays[f"{path}.{part}"] for part in _PARTS),
+                group_size=self.group_size,
+            )
+            for path in block.linears
+        }
+
+    def folded(self) -> dict[str, Array]:
+        """The float tensors that take a scale."""
+        quantized = {path for block in self.blocks for path in block.linears}
+        owner = {path: i for i, block in enumerate(self.blocks) for path in block.others}
+        result = {}
+        for path in {*owner, *filter(None, self.consumer)}:
+            names = [f"{path}.bias"] if f"{path}.bias" in self.params else []
+            names += [] if path in quantized else [f"{path}.weight"]
+            for name in names:
+                array = jnp.asarray(self.params[name])
+                value = array.astype(jnp.float32)
+                if path in owner and name.endswith("weight"):
+                    value = value * self.scale(owner[path])
+                if path in self.consumer:
+                    scale = self.scale(self.consumer[path])
+                    value = value / scale.reshape(-1, *[1] * (value.ndim - 1))
+                result[name] = value.astype(array.dtype)
+        return result
+
+    def scale(self, index: int) -> Array:
+        """``(K,)``, by which the input of a block is divided; 1 where nothing can take it."""
+        block, name = self.blocks[index], f"{index:05}.scale"
+        if index not in self.scales:
+            settings = self._settings(block)
+            arrays = self.state.load(name, settings)
+            if arrays is None:
+                weights = [weight_of(self.params, path) for path in block.linears]
+                if block.previous is None:
+                    scale = jnp.ones(weights[0].shape[1], jnp.float32)
+                else:
+                    scale = search_scale(
+                        [jnp.asarray(w).T for w in weights],
+                        self._statistics(index),
+                        group_size=self.group_size,
+                        dtype=self.dtype,
+                    )
+                arrays = {"scale": scale}
+                self.state.save(name, settings, arrays)
+            self.scales[index] = arrays["scale"]
+        return self.scales[index]
+
+    def _quantized(self, index: int, path: str) -> AWQWeight:
+        weight = jnp.asarray(weight_of(self.params, path)).T.astype(jnp.float32)
+        weight = weight * self.scale(index)[:, None]
+        if path in self.consumer:
+            weight = weight / self.scale(self.consumer[path])
+        if self.clip(path):
+            weight = search_clip(
+                weight,
+                self._statistics(index).scaled(self.scale(index)),
+                group_size=self.group_size,
+                dtype=self.dtype,
+            )
+        return round_to_nearest(weight, group_size=self.group_size, dtype=self.dtype)
+
+    def _statistics(self, index: int) -> Statistics:
+        if index not in self.statistics:
+            block = self.blocks[index]
+            found = collect_statistics(self.inputs(block))
+            k = weight_of(self.params, block.linears[0]).shape[1]
+            if found.mean_abs.shape != (k,):
+                raise ValueError(
+                    f"quantize: inputs of {block.linears[0]} must have shape (..., {k}), "
+                    f"got (..., {found.mean_abs.shape[0]})"
+                )
+            self.statistics[index] = found
+        return self.statistics[index]
+
+    def _settings(self, block: Block) -> dict[str, Any]:
+        return {
+            "block": dataclasses.asdict(block),
+            "group_size": self.group_size,
+            "dtype": self.dtype.name,
+            "clip": [self.clip(path) for path in block.linears],
+            "crc32": [
+                self.state.fingerprint(weight_of(self.params, path)) for path in block.linears
+            ],
+        }
+
+
+def _shown(indices: range, progress: bool) -> Iterable[int]:
+    if not progress:
+        return indices
+    try:
+        from rich.console import Console
+        from rich.progress import track
+    except ImportError as error:
+        raise ImportError("quantize needs rich for its bar: pip install 'jax_awq[cli]'") from error
+    return track(indices, "AWQ", console=Console(stderr=True))

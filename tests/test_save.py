@@ -1,0 +1,249 @@
+"""`save_hf`: exact keys, shards, replaced folders, and what it refuses."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoints import LINEAR, WRITERS, format_sample, named, write
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+import jax_awq
+from jax_awq.testing import random_weight
+
+LLAMA = Path(__file__).parent / "golden" / "llama-awq-gemm-g128"
+CONFIG = {"model_type": "llama", "torch_dtype": "float16"}
+NAME = "model.layers.0.mlp.up_proj"
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return jax_awq.load_hf(LLAMA), json.loads((LLAMA / "config.json").read_text())
+
+
+def assert_same_tensors(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, array in expected.items():
+        assert actual[name].dtype == array.dtype, name
+        np.testing.assert_array_equal(
+            np.asarray(actual[name]).view(np.uint8), np.asarray(array).view(np.uint8), name
+        )
+
+
+def weight(rng, k=256, n=64, group_size=128, **options):
+    return random_weight(rng, k, n, group_size=group_size, **options)
+
+
+def files(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_gives_back_what_autoawq_wrote(tmp_path, llama):
+    params, config = llama
+    jax_awq.save_hf(tmp_path / "made" / "here", params, config)
+    folder = tmp_path / "made" / "here"
+    assert files(folder) == ["config.json", "model.safetensors"]
+    assert_same_tensors(
+        load_file(folder / "model.safetensors"), load_file(LLAMA / "model.safetensors")
+    )
+    assert json.loads((folder / "config.json").read_text()) == config
+    with safe_open(folder / "model.safetensors", "np") as file:
+        assert file.metadata() == {"format": "pt"}
+    assert files(tmp_path / "made") == ["here"]
+    assert oct(folder.stat().st_mode) == oct((tmp_path / "made").stat().st_mode)
+
+
+def test_configuration_is_autoawqs(tmp_path, rng, llama):
+    given = {**CONFIG, "quantization_config": {"quant_method": "gptq"}}
+    jax_awq.save_hf(tmp_path / "a", {NAME: weight(rng)}, given)
+    written = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert written == {**CONFIG, "quantization_config": llama[1]["quantization_config"]}
+    assert given["quantization_config"] == {"quant_method": "gptq"}
+
+
+def test_shards(tmp_path, llama):
+    params, config = llama
+    jax_awq.save_hf(tmp_path / "a", params, config, max_shard_bytes=1_000_000)
+    index = json.loads((tmp_path / "a" / "model.safetensors.index.json").read_text())
+    original = load_file(LLAMA / "model.safetensors")
+    assert index["metadata"] == {"total_size": sum(a.nbytes for a in original.values())}
+    shards = sorted(set(index["weight_map"].values()))
+    assert len(shards) > 3
+    assert shards[0] == f"model-00001-of-{len(shards):05}.safetensors"
+    assert files(tmp_path / "a") == [
+        "config.json",
+        *shards,
+        "model.safetensors.index.json",
+    ]
+    largest = max(a.nbytes for a in original.values())
+    found = {}
+    for shard in shards:
+        tensors = load_file(tmp_path / "a" / shard)
+        assert {index["weight_map"][name] for name in tensors} == {shard}
+        assert sum(a.nbytes for a in tensors.values()) <= max(1_000_000, largest)
+        found |= tensors
+    assert_same_tensors(found, original)
+    again = jax_awq.load_hf(tmp_path / "a")
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("layout", ["gemm", "gemv", "oc_major"])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
+@pytest.mark.parametrize("group_size", [32, -1])
+def test_round_trip(tmp_path, rng, layout, symmetric, dtype, group_size):
+    options = {"layout": layout, "symmetric": symmetric, "dtype": dtype}
+    given = weight(rng, group_size=group_size, **options)
+    bias = rng.normal(size=64).astype(dtype)
+    jax_awq.save_hf(tmp_path / "a", {NAME: given, f"{NAME}.bias": jnp.asarray(bias)}, CONFIG)
+    loaded = jax_awq.load_hf(tmp_path / "a")
+    back = loaded[NAME]
+    assert (back.layout, back.group_size, back.dtype) == ("gemm", group_size, dtype)
+    np.testing.assert_array_equal(back.dequantize(), given.dequantize())
+    np.testing.assert_array_equal(loaded[f"{NAME}.bias"], bias)
+    zeros = np.asarray(jax_awq.unpack_int4(back.qzeros))
+    assert (zeros == 8).all() == symmetric
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_conversion_of_every_format(tmp_path, name):
+    made, tensors, config = format_sample(name, "bfloat16")
+    params = jax_awq.load_hf(write(tmp_path, named(tensors), config))
+    given = json.loads((tmp_path / "config.json").read_text())
+    jax_awq.save_hf(tmp_path / "a", params, given)
+    dense = jax_awq.load_hf(tmp_path / "a")[LINEAR].dequantize()
+    np.testing.assert_array_equal(np.asarray(dense), made.dense())
+
+
+def test_one_group_has_two_names(tmp_path, rng):
+    params = {"a": weight(rng, 128, group_size=-1), "b": weight(rng, 256, group_size=128)}
+    jax_awq.save_hf(tmp_path / "a", params, CONFIG)
+    loaded = jax_awq.load_hf(tmp_path / "a")
+    assert loaded["a"].group_size == loaded["b"].group_size == 128
+    np.testing.assert_array_equal(loaded["a"].dequantize(), params["a"].dequantize())
+
+
+def test_linears_left_out_are_told(tmp_path, rng):
+    """Within the stack that is quantized: other tools take embedding and head for float anyway."""
+    dense = np.ones((8, 8), np.float16)
+    names = ("model.layers.1.mlp.gate", "model.layers.0.a", "lm_head", "model.embed_tokens")
+    params = {f"{name}.weight": dense for name in names}
+    params |= {NAME: weight(rng), "model.layers.0.norm.weight": dense[0], f"{NAME}.bias": dense[0]}
+    jax_awq.save_hf(tmp_path / "a", params, CONFIG)
+    written = json.loads((tmp_path / "a" / "config.json").read_text())["quantization_config"]
+    assert written["modules_to_not_convert"] == ["model.layers.0.a", "model.layers.1.mlp.gate"]
+
+
+# Folders that are there already
+
+
+def test_does_not_overwrite(tmp_path, rng):
+    params = {NAME: weight(rng)}
+    for name in ("config.json", "model-00001-of-00002.safetensors", "quantize_config.json"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_text("{}")
+        with pytest.raises(FileExistsError, match=rf"{folder} holds a model already \({name}\)"):
+            jax_awq.save_hf(folder, params, CONFIG)
+        assert files(folder) == [name]
+        assert (folder / name).read_text() == "{}"
+    with pytest.raises(FileExistsError, match=r"config\.json must be a folder"):
+        jax_awq.save_hf(tmp_path / "config.json" / "config.json", params, CONFIG)
+
+
+def test_overwrite_replaces_the_model_and_nothing_else(tmp_path, rng, llama):
+    folder = tmp_path / "a"
+    jax_awq.save_hf(folder, *llama, max_shard_bytes=1_000_000)
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "quant_config.json").write_text('{"w_bit": 4}')
+    given = weight(rng)
+    jax_awq.save_hf(folder, {NAME: given}, CONFIG, overwrite=True)
+    assert files(folder) == ["config.json", "model.safetensors", "tokenizer.json"]
+    np.testing.assert_array_equal(jax_awq.load_hf(folder)[NAME].dequantize(), given.dequantize())
+
+
+def test_folder_without_a_model_is_used(tmp_path, rng):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    jax_awq.save_hf(tmp_path, {NAME: weight(rng)}, CONFIG)
+    assert files(tmp_path) == ["config.json", "model.safetensors", "tokenizer.json"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_failure_leaves_everything_as_it_was(tmp_path, rng, monkeypatch, overwrite):
+    folder = tmp_path / "a"
+    if overwrite:
+        jax_awq.save_hf(folder, {NAME: weight(rng)}, CONFIG)
+    before = {p: p.read_bytes() for p in folder.glob("*")}
+
+    def full(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("safetensors.numpy.save_file", full)
+    with pytest.raises(OSError, match="no space left"):
+        jax_awq.save_hf(folder, {NAME: weight(rng, 128)}, CONFIG, overwrite=overwrite)
+    assert {p: p.read_bytes() for p in folder.glob("*")} == before
+    assert files(tmp_path) == (["a"] if overwrite else [])
+
+
+def test_interrupted_replacement_does_not_load(tmp_path, rng, monkeypatch):
+    folder = tmp_path / "a"
+    jax_awq.save_hf(folder, {NAME: weight(rng)}, CONFIG)
+    moved = []
+
+    def replace(source, target):
+        moved.append(os.path.basename(target))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        jax_awq.save_hf(folder, {NAME: weight(rng)}, CONFIG, overwrite=True)
+    assert moved == ["model.safetensors"]
+    with pytest.raises(FileNotFoundError):
+        jax_awq.load_hf(folder)
+
+
+# What it refuses
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({NAME: None}, ValueError, "params must have an AWQWeight, got none"),
+        ({"a": weight(np.random.default_rng(0), batch=(2,))}, ValueError,
+         r"a must be \(K, N\), got shape \(2, 256, 64\)"),
+        ({"a": weight(np.random.default_rng(0), dtype=np.float32)}, TypeError,
+         "scales of a must be float16 or bfloat16, got float32"),
+        ({"a": weight(np.random.default_rng(0), group_size=64)}, ValueError,
+         f"all weights must have the same group_size, got {NAME} 128, a 64"),
+        ({"a": jax_awq.PermutedWeight(weight(np.random.default_rng(0)),
+                                      np.arange(256, dtype=np.int32))}, ValueError,
+         r"a has permuted inputs \(GPTQ's act-order\)"),
+        ({f"{NAME}.scales": np.ones(3)}, ValueError,
+         rf"tensor {NAME}.scales must come from one parameter, got {NAME} and {NAME}.scales"),
+        ({"a": [1.0]}, TypeError, "a must be an AWQWeight or an array, got list"),
+    ],
+)  # fmt: skip
+def test_refuses(tmp_path, rng, change, error, text):
+    params = {NAME: weight(rng)} | change
+    params = {name: value for name, value in params.items() if value is not None}
+    with pytest.raises(error, match=f"^save_hf: {text}"):
+        jax_awq.save_hf(tmp_path / "a", params, CONFIG)
+    assert files(tmp_path) == []
+
+
+def test_other_errors(tmp_path, rng, monkeypatch):
+    params = {NAME: weight(rng)}
+    with pytest.raises(ValueError, match="max_shard_bytes must be 1 or more, got 0"):
+        jax_awq.save_hf(tmp_path / "a", params, CONFIG, max_shard_bytes=0)
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        jax_awq.save_hf(tmp_path / "a", params, {"torch_dtype": np.float16})
+    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
+    with pytest.raises(ImportError, match="save_hf needs safetensors: pip install"):
+        jax_awq.save_hf(tmp_path / "a", params, CONFIG)
+    assert files(tmp_path) == []
