@@ -14,7 +14,7 @@ import pytest
 import jax_awq
 from jax_awq import problems
 from jax_awq.bench import __main__ as bench
-from jax_awq.bench import impls, report, run, timing
+from jax_awq.bench import impls, plot, report, run, timing
 from jax_awq.bench.__main__ import main
 
 CASE = impls.Case(m=4, k=256, n=128, group_size=128, dtype="float16")
@@ -232,3 +232,28 @@ def test_read_is_one_row_of_its_own(monkeypatch):
     lines = report.overview([*rows, ROW], "float16").splitlines()
     assert lines[2] == f"| read | {rows[0]['us']:.1f} |"
     assert lines[3].startswith("| 1 |")
+
+
+def test_efficiency_is_the_limit_over_the_time():
+    small = ROW | {"us": 4.0}  # bytes decide: 256 x 128 codes, scales, zeros, x and y
+    moved = 256 * 128 // 2 + 2 * 128 * 2 + 2 * 128 // 2 + (256 + 128) * 2
+    large = ROW | {"M": 1 << 20, "us": 200.0}
+    other = ROW | {"impl": "xla_dense", "dtype": "bfloat16"}
+    unknown = ROW | {"impl": "read", "M": 0}
+    lines = plot.efficiency([large, small, other, unknown], [(256, 128)], "float16")
+    ((first, second),) = lines[256, 128].values()
+    assert first == (1, pytest.approx(moved / 4.6e12 * 1e6 / 4.0))
+    moved_by_large = (2 << 20) * (256 + 128) + moved - (256 + 128) * 2
+    assert second == (1 << 20, pytest.approx(moved_by_large / 4.6e12 * 1e6 / 200.0))
+
+
+def test_plot_of_the_committed_results(tmp_path):
+    pytest.importorskip("matplotlib")
+    results = Path(__file__).parents[1] / "benchmarks/results/nvidia_h200"
+    files = [str(results / name) for name in ("awq_gemm.json", "peers.json")]
+    assert main(["plot", *files, "--out", str(tmp_path / "a.svg"), "--note", "a note"]) == 0
+    text = (tmp_path / "a.svg").read_text()
+    for word in ("jax_awq", "xla_unpack", "marlin", "K = 8192, N = 28672", "a note"):
+        assert word in text
+    committed = (results / "efficiency.svg").read_text()
+    assert committed.count("<path") == text.count("<path")

@@ -4,6 +4,7 @@ python -m jax_awq.bench awq_gemm --json OUT.json
 python -m jax_awq.bench awq_dequantize --json OUT.json
 python -m jax_awq.bench decode --json OUT.json
 python -m jax_awq.bench table OUT.json
+python -m jax_awq.bench plot OUT.json [MORE.json ...] --out PLOT.svg
 """
 
 import argparse
@@ -12,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jax_awq.bench import decode, report
+from jax_awq.bench import decode, plot, report
 from jax_awq.bench.impls import IMPLS, can_read
 from jax_awq.bench.run import READ_BYTES_PER_SECOND, run
 from jax_awq.bench.timing import METHOD, MIN_WEIGHT_BYTES
@@ -23,6 +24,11 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if args.command == "decode":
         return decode.main(args)
+    if args.command == "plot":
+        rows = [row for file in args.json for row in json.loads(file.read_text("utf-8"))["rows"]]
+        weights = [(shape.k, shape.n) for shape in args.shapes]
+        plot.draw(rows, weights, args.dtype, args.out, args.note)
+        return 0
     if args.command == "table":
         rows = json.loads(args.json.read_text(encoding="utf-8"))["rows"]
         if rows and rows[0]["op"] == "decode":
@@ -43,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         args.shapes,
         args.m,
         args.dtypes,
-        args.impls,
+        _impls(args.command, args.impls),
         group_size=args.group_size,
         repeats=args.repeats,
         min_weight_bytes=args.min_weight_mb * 1e6,
@@ -53,6 +59,15 @@ def main(argv: list[str] | None = None) -> int:
             report.write(args.json, top, report.merge(old, timed))
     report.show(report.merge([], timed))
     return 0
+
+
+def _impls(op: str, wanted: list[str] | None) -> list[str]:
+    """Those named, or all that run here."""
+    if wanted is None:
+        return [name for name in IMPLS[op] if name != "read" or can_read()]
+    if "read" in wanted and not can_read():
+        raise SystemExit("--impls read needs a CUDA device and the kernels of jax_awq")
+    return wanted
 
 
 def kept(file: Path, top: dict[str, Any]) -> list[report.Row]:
@@ -88,8 +103,7 @@ def _parser() -> argparse.ArgumentParser:
             bench.set_defaults(m=[0])
         dtypes = ["float16", "bfloat16"]
         bench.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=dtypes)
-        here = [name for name in impls if name != "read" or can_read()]
-        bench.add_argument("--impls", nargs="+", default=here, choices=here)
+        bench.add_argument("--impls", nargs="+", choices=list(impls), help="default: all")
         bench.add_argument("--group-size", type=int, default=128)
         bench.add_argument("--repeats", type=int, default=7)
         bench.add_argument(
@@ -112,6 +126,18 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument("json", type=Path)
     table.add_argument(
         "--overview", metavar="DTYPE", help="one table of all weights, as in the README"
+    )
+    drawing = commands.add_parser("plot", help="draw efficiency against M; needs matplotlib")
+    drawing.add_argument("json", type=Path, nargs="+", help="results of awq_gemm, or of others")
+    drawing.add_argument("--out", type=Path, required=True, help="file, .svg or .png")
+    drawing.add_argument("--dtype", default="float16", choices=["float16", "bfloat16"])
+    drawing.add_argument("--note", default="", help="a line below the panels")
+    drawing.add_argument(
+        "--shapes",
+        nargs="+",
+        type=_problem,
+        metavar="KxN or model/linear",
+        default=[PROBLEMS[name] for name in BENCH_PROBLEMS[:4]],
     )
     return parser
 
