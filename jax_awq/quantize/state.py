@@ -62,7 +62,7 @@ class State:
         """CRC-32 of the bytes; 0 where nothing is kept."""
         if self.folder is None:
             return 0
-        return zlib.crc32(np.ascontiguousarray(array).view(np.uint8))
+        return zlib.crc32(np.asarray(array).tobytes())
 
     def _file(self, name: str) -> Path:
         assert self.folder is not None
