@@ -21,7 +21,7 @@ SOURCES = {
     "awq_gemm_simt.cu": 0,
     "awq_gemm_tma_bf16.cu": 0,
     "awq_gemm_tma_f16.cu": 0,
-    "awq_gemm_wgmma_bf16.cu": 12,  # 16 tokens, outside the loop
+    "awq_gemm_wgmma_bf16.cu": 12,
     "awq_gemm_wgmma_f16.cu": 0,
     "awq_dequantize.cu": 0,
 }
