@@ -345,6 +345,31 @@ def test_the_compiled_part_plans_and_lowers(rng):
 
 
 @pytest.mark.skipif(_ffi._ext is None, reason=_ffi.MISSING or "built")
+@pytest.mark.parametrize(
+    ("m", "k", "n", "kernel", "split"),
+    [
+        (1, 4096, 4096, "decode_8", 8),
+        (16, 4096, 4096, "tma_16x256", 6),  # seven clusters of 16 CTAs would not run at once
+        (1, 8192, 28672, "tma_8x256", 1),  # 112 tiles
+        (64, 14336, 4096, "tma_64x256", 6),
+        (1024, 4096, 4096, "tma_256x128", 1),  # 128 tiles
+        (64, 4096, 4104, "wgmma_64", None),  # rows that TMA cannot take
+    ],
+)
+def test_what_hopper_runs(m, k, n, kernel, split):
+    x = jax.ShapeDtypeStruct((m, k), np.float16)
+    weight = AWQWeight(
+        jax.ShapeDtypeStruct((k, n // 8), np.int32),
+        jax.ShapeDtypeStruct((k // 128, n), np.float16),
+        jax.ShapeDtypeStruct((k // 128, n // 8), np.int32),
+    )
+    found = plan("awq_gemm", x, weight, device="sm_90")
+    assert found.kernel == kernel
+    assert split is None or found.split_k == split
+    assert found.workspace_bytes == 0  # sums meet in a cluster
+
+
+@pytest.mark.skipif(_ffi._ext is None, reason=_ffi.MISSING or "built")
 def test_a_variant_that_cannot_run_is_an_error(rng, monkeypatch):
     p = random_problem(rng, 64, K, N, group_size=32)
     refused = plan("awq_gemm", p.x, p.weight, device="sm_75").refused
