@@ -16,7 +16,7 @@ class MmaConsumer {
 
  public:
   __device__ MmaConsumer(uint32_t shared, int group_shift, bool has_zeros)
-      : lane(shared), shared_(shared), group_shift_(group_shift), has_zeros_(has_zeros) {}
+      : lane(shared, has_zeros), shared_(shared), group_shift_(group_shift) {}
 
   // As WgmmaConsumer's.
   __device__ __forceinline__ void Accumulate(const Share& share,
@@ -44,16 +44,18 @@ class MmaConsumer {
     const int l = threadIdx.x % 32;
     const int team = threadIdx.x / (32 * Tile::kTeamWarps);
     const int group_mask = kSmallGroups ? (1 << (group_shift_ - 5)) - 1 : 3;  // of 32 rows
-    const uint32_t x_offsets[2] = {l % 8 * 128u + ((l / 8 ^ l % 8) << 4),
-                                   l % 8 * 128u + ((l / 8 ^ l % 8 ^ 4) << 4)};
+    const uint32_t x0 = Tile::X(shared_, 0) + l % 8 * 128u;
+    const uint32_t x_at[2] = {KeepInRegister(x0 + ((l / 8 ^ l % 8) << 4)),
+                              KeepInRegister(x0 + ((l / 8 ^ l % 8 ^ 4) << 4))};
+    const uint32_t full = KeepInRegister(Tile::Full(shared_, 0));
     StageCounter<Tile::kStages, Tile::kTeams> at;
     at.stage = team;
 #pragma unroll 1
     for (int i = team; i < share.count; i += Tile::kTeams) {
-      BarrierWait(Tile::Full(shared_, at.stage), at.phase);
+      BarrierWait(full + 8 * at.stage, at.phase);
       uint32_t codes[4][4];
       lane.LoadCodes(at.stage, codes);
-      const uint32_t x_base = Tile::X(shared_, at.stage);
+      const uint32_t x_stage = at.stage * Tile::kXBytes;
       uint32_t scales[2 * kTiles], neg_zero[2 * kTiles];
       EnterGroup(at.stage, 0, scales, neg_zero);
 #pragma unroll
@@ -61,7 +63,7 @@ class MmaConsumer {
         uint32_t x[kBlocks][4];
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) {
-          LoadMatrix4(x[b], x_base + x_offsets[h % 2] + h / 2 * (Tile::kXBytes / 2) + 1024 * b);
+          LoadMatrix4(x[b], x_at[h % 2] + x_stage + h / 2 * (Tile::kXBytes / 2) + 1024 * b);
         }
 #pragma unroll
         for (int s = 0; s < 2; ++s) {
@@ -85,7 +87,7 @@ class MmaConsumer {
         }
       }
       if (group_shift_ <= 7 || i + Tile::kTeams >= share.count) LeaveGroup(scales, sums, acc);
-      if (l == 0) BarrierArrive(Tile::Empty(shared_, at.stage));
+      if (l == 0) BarrierArrive(full + 8 * (Tile::kStages + at.stage));
       at.Advance();
     }
   }
@@ -93,7 +95,7 @@ class MmaConsumer {
   __device__ void EnterGroup(int stage, int row, uint32_t (&scales)[2 * kTiles],
                              uint32_t (&neg_zero)[2 * kTiles]) const {
     uint32_t zeros;
-    lane.LoadGroup(stage, row, has_zeros_, scales, &zeros);
+    lane.LoadGroup(stage, row, scales, &zeros);
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
       neg_zero[2 * j] = D::template NegZero<false>(zeros >> 8 * j);
@@ -122,7 +124,6 @@ class MmaConsumer {
 
   const uint32_t shared_;
   const int group_shift_;
-  const bool has_zeros_;
 };
 
 }  // namespace jax_awq

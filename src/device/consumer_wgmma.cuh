@@ -19,7 +19,7 @@ class WgmmaConsumer {
 
  public:
   __device__ WgmmaConsumer(uint32_t shared, int group_shift, bool has_zeros)
-      : lane(shared), shared_(shared), group_shift_(group_shift), has_zeros_(has_zeros) {}
+      : lane(shared, has_zeros), shared_(shared), group_shift_(group_shift) {}
 
   // Sums over this CTA's share of the contraction: acc[j][4 b + 2 h + i] of tile j, row g + 8 h,
   // token 8 b + 2 t + i.
@@ -78,7 +78,7 @@ class WgmmaConsumer {
  private:
   __device__ void EnterGroup(int stage, int row) {
     uint32_t scales[2 * kTiles], zeros;
-    lane.LoadGroup(stage, row, has_zeros_, scales, &zeros);
+    lane.LoadGroup(stage, row, scales, &zeros);
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
       neg_zero_[2 * j] = D::template NegZero<false>(zeros >> 8 * j);
@@ -110,7 +110,6 @@ class WgmmaConsumer {
 
   const uint32_t shared_;
   const int group_shift_;
-  const bool has_zeros_;
   StageCounter<Tile::kStages> at_;
   Scale scale_[2 * kTiles];
   uint32_t neg_zero_[2 * kTiles];

@@ -163,14 +163,46 @@ struct ResultTile {
 };
 
 // How the results of a cluster change hands: every member owns an equal share of `units` pieces of
-// the tile, gets each from all members into its shared memory, and adds up in the order of ranks,
-// so that the bits never depend on timing. On one CTA alone, the same between its warps.
+// the tile and reads each from the shared memory of all members. It begins with its own, then takes
+// the others from the next rank on, so that not all read from one at a time; who owns what, and so
+// the order of the sum, does not depend on timing.
 struct Exchange {
   __device__ Exchange(unsigned members, unsigned rank, unsigned units)
       : members(members),
         rank(rank),
         per(max((units + members - 1) / members, 1u)),
         own(min(per, units - min(units, rank * per))) {}
+
+#if __CUDA_ARCH__ >= 900
+  // Sums over the members of what lies at the first `count` of these addresses of each. All loads
+  // are in flight at once, since one from another's memory takes half a microsecond.
+  template <int kBatch>
+  __device__ __forceinline__ void Sum(const uint32_t (&at)[kBatch], int count,
+                                      float4 (&sums)[kBatch]) const {
+    float4 parts[kBatch][kMaxCluster];
+#pragma unroll
+    for (int u = 0; u < kBatch; ++u) {
+      if (u >= count) continue;
+      parts[u][0] = LoadSharedFour(at[u]);
+#pragma unroll
+      for (int r = 1; r < kMaxCluster; ++r) {
+        if (r < members) {
+          const unsigned peer = rank + r < members ? rank + r : rank + r - members;
+          parts[u][r] = LoadClusterShared(MapToRank(at[u], peer));
+        }
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kBatch; ++u) {
+      if (u >= count) continue;
+      sums[u] = parts[u][0];
+#pragma unroll
+      for (int r = 1; r < kMaxCluster; ++r) {
+        if (r < members) Add(sums[u], parts[u][r]);
+      }
+    }
+  }
+#endif
 
   unsigned members;
   unsigned rank;
@@ -260,18 +292,13 @@ __device__ __forceinline__ void ReduceAndStore(const EpilogueParams& p, float* t
                                                int64_t partial_stride) {
   constexpr int kFours = Result::kOutputs / 4;  // of a token
   const int tokens = static_cast<int>(min(p.m - token0, static_cast<int64_t>(Result::kTokens)));
-  int first = 0;
-  int last = tokens * kFours;
-#if __CUDA_ARCH__ >= 900
   const bool cluster = splits > 1 && p.partials == nullptr;
-  if (cluster) {
-    ClusterSync();
-    const Share share(last, split, splits);
-    first = share.first;
-    last = share.first + share.count;
-  }
+  const Exchange exchange(cluster ? splits : 1, cluster ? split : 0, tokens * kFours);
+#if __CUDA_ARCH__ >= 900
+  if (cluster) ClusterSync();
 #endif
-  for (int e = first + threadIdx.x; e < last; e += kThreads) {
+  for (unsigned i = threadIdx.x; i < exchange.own; i += kThreads) {
+    const unsigned e = exchange.rank * exchange.per + i;
     const int row = e / kFours;
     const int column = e % kFours * 4;
     const int64_t token = token0 + row;
@@ -280,25 +307,19 @@ __device__ __forceinline__ void ReduceAndStore(const EpilogueParams& p, float* t
     const float4* from = Result::Four(tile, row, column);
 #if __CUDA_ARCH__ >= 900
     if (cluster) {
-      const uint32_t local = SharedAddress(from);
-      float4 parts[kMaxCluster];  // all loads in flight at once: a remote one takes 200 cycles
-#pragma unroll
-      for (int r = 0; r < kMaxCluster; ++r) {
-        if (r < splits) parts[r] = LoadClusterShared(MapToRank(local, r));
-      }
-      float4 sum = parts[0];
-#pragma unroll
-      for (int r = 1; r < kMaxCluster; ++r) {
-        if (r < splits) Add(sum, parts[r]);
-      }
-      FinishFour(p, token, output, sum);
+      float4 sum[1];
+      exchange.Sum<1>({SharedAddress(from)}, 1, sum);
+      FinishFour(p, token, output, sum[0]);
       continue;
     }
 #endif
     FinishFourOrPartial(p, token, output, *from, split * partial_stride);
   }
 #if __CUDA_ARCH__ >= 900
-  if (cluster) ClusterSync();  // a CTA must not leave while others read its shared memory
+  if (cluster) {  // a CTA must not leave while others read its shared memory
+    ClusterArriveRelaxed();
+    ClusterWait();
+  }
 #endif
 }
 

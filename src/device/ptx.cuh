@@ -24,6 +24,12 @@ __device__ __forceinline__ uint32_t MaskOr(uint32_t a, uint32_t mask, uint32_t b
   return r;
 }
 
+// `v` itself, from where the compiler cannot see how it came about: values that are cheap to
+// compute are otherwise computed again in every iteration of a loop.
+__device__ __forceinline__ uint32_t KeepInRegister(uint32_t v) {
+  return __shfl_sync(~0u, v, threadIdx.x % 32);
+}
+
 // Copies 16 bytes, or zero-fills them where `valid` is false (9.7.9.25.3.1, cp.async).
 // .cg keeps streamed tiles out of the L1.
 __device__ __forceinline__ void CopyAsync16(uint32_t to, const void* from, bool valid) {
@@ -111,6 +117,15 @@ __device__ __forceinline__ void StoreSharedFour(uint32_t address, float4 v) {
                : "memory");
 }
 
+__device__ __forceinline__ float4 LoadSharedFour(uint32_t address) {
+  float4 v;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+
 // A barrier of the first kThreads of a CTA alone (9.7.13.1, barrier.sync).
 template <int kBarrier, int kThreads>
 __device__ __forceinline__ void NamedBarrierSync() {
@@ -156,16 +171,6 @@ __device__ __forceinline__ void BarrierInit(uint32_t barrier, uint32_t arrivals)
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-// Writes to the shared memory of any member of the cluster, and counts the bytes on a barrier there
-// (9.7.9.12, st.async).
-__device__ __forceinline__ void StoreAsync(uint32_t address, float4 v, uint32_t barrier) {
-  asm volatile(
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "
-      "[%5];" ::"r"(address),
-      "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier)
-      : "memory");
-}
-
 // Makes initialized barriers visible to the copy engine.
 __device__ __forceinline__ void BarrierInitFence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -193,6 +198,20 @@ __device__ __forceinline__ void BarrierWait(uint32_t barrier, uint32_t parity) {
       "}" ::"r"(barrier),
       "r"(parity)
       : "memory");
+}
+
+// True in one lane of a converged warp (9.7.13.14, elect.sync). Unlike a comparison with a lane it
+// tells the compiler that what follows runs once, so that operands of copies stay uniform.
+__device__ __forceinline__ bool ElectOne() {
+  uint32_t elected;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "elect.sync _|p, 0xffffffff;\n"
+      "selp.u32 %0, 1, 0, p;\n"
+      "}"
+      : "=r"(elected));
+  return elected != 0;
 }
 
 // A box of a tensor in global memory to shared memory; what lies outside the tensor becomes zero

@@ -31,13 +31,15 @@ struct TmaTile {
   static constexpr int kStageBytes = kXBytes + kWordBytes + kScaleBytes + kZeroBytes;
   static constexpr int kAlignment = 1024;  // dynamic shared memory may start anywhere
 
-  // Sums that pass through shared memory take the place of the drained pipeline: 16 bytes a lane
-  // and tile, for each block of eight tokens of a warp.
-  static constexpr int kSlotBytes = 32 * 16 * kTiles;
-  static constexpr int kExchangeBytes = kTokens * kSlotBytes * kTeams;
+  // Sums that pass through shared memory take the place of the drained pipeline: 16 bytes a lane,
+  // for each tile and block of eight tokens of a warp.
+  static constexpr int kSlotBytes = 32 * 16;
+  static constexpr int kExchangeBytes = kTokens * kTiles * kSlotBytes;
 
   static constexpr int kRoom = 227 * 1024 - kAlignment - 256;
-  static constexpr int kMaxStages = 16;
+  // More copies in flight than memory needs (40 KB a processor) only let some CTAs run ahead of
+  // others, and the last to end decides.
+  static constexpr int kMaxStages = kMma ? 6 : 16;
   static constexpr int kStages =
       kRoom / kStageBytes < kMaxStages ? kRoom / kStageBytes : kMaxStages;
   // The parts of a stage lie in arrays of their own: the swizzles want aligned tiles.
@@ -85,15 +87,18 @@ template <int kTokens, int kTiles>
 struct TmaLane {
   using Tile = TmaTile<kTokens, kTiles>;
 
-  __device__ explicit TmaLane(uint32_t shared) : shared(shared) {
+  __device__ TmaLane(uint32_t shared, bool has_zeros)
+      : shared(shared), has_zeros(KeepInRegister(has_zeros)) {
     const int warp = threadIdx.x / 32 % Tile::kTeamWarps;
     const int lane = threadIdx.x % 32;
     const int chunk = Chunk(warp);
     word = Word(warp);
     byte = Byte(warp);
-    half_selector = lane / 4 % 2 ? 0x3232 : 0x1010;
-    word_offset =
-        lane * (Tile::kOutputs / 2) + ((chunk ^ (kTiles == 2 ? lane % 8 : lane / 2 % 4)) << 4);
+    half_selector = KeepInRegister(lane / 4 % 2 ? 0x3232 : 0x1010);
+    words_at = KeepInRegister(Tile::Words(shared, 0) + lane * (Tile::kOutputs / 2) +
+                              ((chunk ^ (kTiles == 2 ? lane % 8 : lane / 2 % 4)) << 4));
+    scales_at = KeepInRegister(Tile::Scales(shared, 0) + 16 * word + 8 * byte);
+    zeros_at = KeepInRegister(Tile::Zeros(shared, 0) + 4 * word);
   }
 
   // Of a warp of a team: its 16 bytes of a row of words, this lane's word, and the byte of the half
@@ -107,28 +112,27 @@ struct TmaLane {
 #pragma unroll
     for (int h = 0; h < Tile::kDepth / 32; ++h) {
       LoadMatrix4Transposed(codes[h],
-                            Tile::Words(shared, stage) + word_offset + h * 16 * Tile::kOutputs);
+                            words_at + stage * Tile::kWordBytes + h * 16 * Tile::kOutputs);
     }
   }
 
   // The scales of the lane's outputs, each twice, and its zero points, in the same places of two
   // halves as their codes.
-  __device__ void LoadGroup(int stage, int row, bool has_zeros, uint32_t (&scales)[2 * kTiles],
+  __device__ void LoadGroup(int stage, int row, uint32_t (&scales)[2 * kTiles],
                             uint32_t* zeros) const {
-    LoadShared(scales,
-               Tile::Scales(shared, stage) + row * Tile::kOutputs * 2 + 16 * word + 8 * byte);
+    LoadShared(scales, scales_at + stage * Tile::kScaleBytes + row * Tile::kOutputs * 2);
     uint32_t packed[1] = {0x88888888u};
     if (has_zeros) {
-      LoadShared(packed, Tile::Zeros(shared, stage) + row * Tile::kOutputs / 2 + 4 * word);
+      LoadShared(packed, zeros_at + stage * Tile::kZeroBytes + row * Tile::kOutputs / 2);
     }
     *zeros = SelectBytes(packed[0], 0, half_selector) >> 8 * byte;
 #pragma unroll
     for (int i = 0; i < 2 * kTiles; ++i) scales[i] = SelectBytes(scales[i], 0, half_selector);
   }
 
-  uint32_t shared;
+  uint32_t shared, has_zeros;
   int word, byte;
-  uint32_t half_selector, word_offset;
+  uint32_t half_selector, words_at, scales_at, zeros_at;
 };
 
 }  // namespace jax_awq

@@ -73,29 +73,14 @@ __global__ void __launch_bounds__(kThreads, kTokenTiles == 1 ? 3 : 2)
 #if __CUDA_ARCH__ >= 800
   using Codes = RawCodes<T>;
   constexpr int kTokens = 8 * kTokenTiles;
-  constexpr int kFours = kOutputs / 4;
-  // Of every warp of every member, the fours that this member owns; at worst 36 instead of 32.
-  __shared__ float4 slots[kWarps * kTokens * (kFours + 4)];
+  using Result = ResultTile<kTokens, kOutputs, 4>;
+  __shared__ __align__(16) float tiles[kWarps][kTokens * kOutputs];
 
   const int warp = threadIdx.x / 32;
   const int g = threadIdx.x % 32 / 4;
   const int t = threadIdx.x % 4;
   const unsigned split = blockIdx.x % p.splits;
   const int64_t output0 = static_cast<int64_t>(blockIdx.x / p.splits) * kOutputs;
-  const int tokens = static_cast<int>(min(p.m, static_cast<int64_t>(kTokens)));
-  const Exchange exchange(p.cluster ? p.splits : 1, p.cluster ? split : 0, kFours);
-#if __CUDA_ARCH__ >= 900
-  __shared__ uint64_t exchanged_barrier;
-  const uint32_t exchanged = SharedAddress(&exchanged_barrier);
-  if (p.cluster) {
-    if (threadIdx.x == 0) {
-      BarrierInit(exchanged, 1);
-      BarrierInitFence();
-      BarrierArriveExpecting(exchanged, exchange.members * kWarps * tokens * exchange.own * 16);
-    }
-    ClusterArriveRelaxed();
-  }
-#endif
   const AwqWeight weight = BatchEntry(p.buffers.weight);
   const int64_t n = weight.n;
   const int64_t k = weight.k;
@@ -236,53 +221,33 @@ __global__ void __launch_bounds__(kThreads, kTokenTiles == 1 ? 3 : 2)
   }
   if (first < last) leave_group();
 
-#if __CUDA_ARCH__ >= 900
-  if (p.cluster) ClusterWait();  // all members have begun
-#endif
+  const int tokens = static_cast<int>(min(p.m, static_cast<int64_t>(kTokens)));
 #pragma unroll
   for (int m = 0; m < kTokenTiles; ++m) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int token = 8 * m + 2 * t + i;
-      if (token >= tokens) continue;
+      if (8 * m + 2 * t + i >= tokens) continue;
 #pragma unroll
       for (int c = 0; c < 16; c += 4) {
         auto value = [&](int column) {
           const int nibble = AwqNibble(column % 8);
           return total[m][column / 8][nibble / 2][2 * (nibble % 2) + i];
         };
-        const float4 v = make_float4(value(c), value(c + 1), value(c + 2), value(c + 3));
-        const unsigned four = 4 * g + c / 4;
-        const unsigned owner = four / exchange.per;
-        float4* slot = slots + ((exchange.rank * kWarps + warp) * kTokens + token) * exchange.per +
-                       four - owner * exchange.per;
-#if __CUDA_ARCH__ >= 900
-        if (p.cluster) {
-          StoreAsync(MapToRank(SharedAddress(slot), owner), v, MapToRank(exchanged, owner));
-          continue;
-        }
-#endif
-        *slot = v;
+        *Result::Four(tiles[warp], 8 * m + 2 * t + i, 16 * g + c) =
+            make_float4(value(c), value(c + 1), value(c + 2), value(c + 3));
       }
     }
   }
   __syncthreads();
-#if __CUDA_ARCH__ >= 900
-  if (p.cluster) BarrierWait(exchanged, 0);
-#endif
-  const EpilogueParams epilogue = MakeEpilogue(p, blockIdx.z);
-  const int sources = exchange.members * kWarps;
-  for (int e = threadIdx.x; e < tokens * static_cast<int>(exchange.own); e += kThreads) {
-    const int token = e / exchange.own;
-    const int four = e % exchange.own;
-    const int64_t output = output0 + 4 * (exchange.rank * exchange.per + four);
-    if (output >= n) continue;
-    const float4* slot = slots + token * exchange.per + four;
-    float4 sum = *slot;
-#pragma unroll 8
-    for (int s = 1; s < sources; ++s) Add(sum, slot[s * kTokens * exchange.per]);
-    FinishFourOrPartial(epilogue, token, output, sum, split * p.batch * p.size());
+  for (int i = threadIdx.x; i < tokens * kOutputs / 4; i += kThreads) {
+    float4 sum = reinterpret_cast<float4*>(tiles[0])[i];
+#pragma unroll
+    for (int w = 1; w < kWarps; ++w) Add(sum, reinterpret_cast<float4*>(tiles[w])[i]);
+    reinterpret_cast<float4*>(tiles[0])[i] = sum;
   }
+  __syncthreads();
+  ReduceAndStore<Result, kThreads>(MakeEpilogue(p, blockIdx.z), tiles[0], 0, output0, split,
+                                   p.splits, p.batch * p.size());
 #endif
 }
 

@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles>::kThreads, 1)
   const uint32_t shared =
       (SharedAddress(unaligned) + Tile::kAlignment - 1) / Tile::kAlignment * Tile::kAlignment;
 
-  const int warp = threadIdx.x / 32;
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // known to be uniform
   const unsigned split = blockIdx.x % p.splits;
   const TmaTileOrder order(p, kTokens, Tile::kOutputs);
   const unsigned first_tile = blockIdx.x / p.splits;
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles>::kThreads, 1)
 
   if (warp >= Tile::kConsumerWarps) {
     if constexpr (Tile::kMoveRegisters) ReleaseRegisters<40>();
-    if (threadIdx.x != 32 * Tile::kConsumerWarps) return;
+    if (warp != Tile::kConsumerWarps) return;
     const int group_rows = params.group_rows;
     const uint32_t bytes = params.x_rows * Tile::kDepth * 2 + Tile::kWordBytes +
                            group_rows * (Tile::kOutputs * 2 + (has_zeros ? Tile::kOutputs / 2 : 0));
@@ -100,21 +100,24 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles>::kThreads, 1)
       for (int i = 0; i < share.count; ++i) {
         const int depth = (share.first + i) * Tile::kDepth;
         BarrierWait(Tile::Empty(shared, at.stage), at.phase ^ 1);
-        const uint32_t barrier = Tile::Full(shared, at.stage);
-        BarrierArriveExpecting(barrier, bytes);
-        CopyBox(Tile::Words(shared, at.stage), &params.words, output0 / 8, depth, weight_batch,
-                barrier);
+        if (ElectOne()) {
+          const uint32_t barrier = Tile::Full(shared, at.stage);
+          BarrierArriveExpecting(barrier, bytes);
+          CopyBox(Tile::Words(shared, at.stage), &params.words, output0 / 8, depth, weight_batch,
+                  barrier);
 #pragma unroll
-        for (int part = 0; part < Tile::kDepth / 64; ++part) {
-          CopyBox(Tile::X(shared, at.stage) + part * kTokens * 128, &params.x, depth + 64 * part,
-                  token0, x_batch, barrier);
-        }
-        CopyBox(Tile::Scales(shared, at.stage), &params.scales, output0, depth >> group_shift,
-                weight_batch, barrier);
-        if (has_zeros) {
-          CopyBox(Tile::Zeros(shared, at.stage), &params.zeros, output0 / 8, depth >> group_shift,
+          for (int part = 0; part < Tile::kDepth / 64; ++part) {
+            CopyBox(Tile::X(shared, at.stage) + part * kTokens * 128, &params.x, depth + 64 * part,
+                    token0, x_batch, barrier);
+          }
+          CopyBox(Tile::Scales(shared, at.stage), &params.scales, output0, depth >> group_shift,
                   weight_batch, barrier);
+          if (has_zeros) {
+            CopyBox(Tile::Zeros(shared, at.stage), &params.zeros, output0 / 8, depth >> group_shift,
+                    weight_batch, barrier);
+          }
         }
+        __syncwarp();
         at.Advance();
       }
     }
@@ -155,76 +158,73 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles>::kThreads, 1)
       continue;
     }
 
-    // A unit is what a warp holds of eight tokens. Its owner in the cluster reads it from every
-    // team of every member: reading is several times as fast as writing to another's memory.
+    // First the teams of this CTA add what they have, then each unit's owner in the cluster reads
+    // it from every other member: reading is several times as fast as writing to another's memory.
+    // A unit is what a warp holds of eight tokens; or one tile of that, where there are few.
+    constexpr int kUnitTiles = Tile::kMma ? 1 : kTiles;
+    constexpr int kWarpUnits = kTiles / kUnitTiles;
     const int team = warp / Tile::kTeamWarps;
+    const int team_warp = warp % Tile::kTeamWarps;
     const Exchange exchange(p.cluster ? p.splits : 1, p.cluster ? split : 0,
-                            blocks * Tile::kTeamWarps);
-    const unsigned team_bytes = blocks * Tile::kTeamWarps * Tile::kSlotBytes;
-    auto slot_of = [&](unsigned unit, int of_team) {
-      return shared + of_team * team_bytes + unit * Tile::kSlotBytes + 16 * lane;
-    };
+                            blocks * Tile::kTeamWarps * kWarpUnits);
+    const uint32_t slots = shared + 16 * lane;
     NamedBarrierSync<1, 32 * Tile::kConsumerWarps>();  // the slots take the place of the pipeline
 #pragma unroll
-    for (int b = 0; b < kTokens / 8; ++b) {
-      if (b < blocks) {
-        const uint32_t slot = slot_of(b * Tile::kTeamWarps + warp % Tile::kTeamWarps, team);
+    for (int from = Tile::kTeams - 1; from >= 0; --from) {
+      if (team == from) {
 #pragma unroll
-        for (int j = 0; j < kTiles; ++j) {
-          StoreSharedFour(slot + 512 * j, make_float4(acc[j][4 * b], acc[j][4 * b + 1],
-                                                      acc[j][4 * b + 2], acc[j][4 * b + 3]));
+        for (int b = 0; b < kTokens / 8; ++b) {
+          if (b < blocks) {
+#pragma unroll
+            for (int j = 0; j < kTiles; ++j) {
+              const uint32_t slot =
+                  slots + ((b * Tile::kTeamWarps + team_warp) * kTiles + j) * Tile::kSlotBytes;
+              float4 v = make_float4(acc[j][4 * b], acc[j][4 * b + 1], acc[j][4 * b + 2],
+                                     acc[j][4 * b + 3]);
+              if (from < Tile::kTeams - 1) Add(v, LoadSharedFour(slot));
+              StoreSharedFour(slot, v);
+            }
+          }
         }
       }
+      if (from > 0) NamedBarrierSync<1, 32 * Tile::kConsumerWarps>();
     }
     if (p.cluster) {
       ClusterSync();
     } else {
       NamedBarrierSync<1, 32 * Tile::kConsumerWarps>();
     }
-    // Whatever warp it came from: lanes are alike. Where registers allow, two units at once hide
-    // the latency of reading from another's memory.
-    constexpr int kBatch = kTiles == 1 ? 2 : 1;
+    // Whatever warp it came from: lanes are alike. Two slots at once hide the latency of reading
+    // from another's memory, where there are registers for them.
+    constexpr int kSlots = Tile::kMma ? 1 : 2;
+    constexpr int kBatch = kSlots / kUnitTiles;
 #pragma unroll 1
     for (unsigned first = warp; first < exchange.own; first += Tile::kConsumerWarps * kBatch) {
-      float v[kBatch][kTiles][4];
+      uint32_t at[kSlots];
+      float4 sums[kSlots];
 #pragma unroll
-      for (int j = 0; j < kTiles; ++j) {
-#pragma unroll
-        for (int of_team = 0; of_team < Tile::kTeams; ++of_team) {
-          float4 parts[kBatch][kMaxCluster];
-#pragma unroll
-          for (int u = 0; u < kBatch; ++u) {
-            const unsigned i = min(first + u * Tile::kConsumerWarps, exchange.own - 1);
-            const uint32_t slot = slot_of(exchange.rank * exchange.per + i, of_team) + 512 * j;
-#pragma unroll
-            for (int r = 0; r < kMaxCluster; ++r) {
-              if (r < exchange.members) parts[u][r] = LoadClusterShared(MapToRank(slot, r));
-            }
-          }
-#pragma unroll
-          for (int u = 0; u < kBatch; ++u) {
-            float4 sum = parts[u][0];
-#pragma unroll
-            for (int r = 1; r < kMaxCluster; ++r) {
-              if (r < exchange.members) Add(sum, parts[u][r]);
-            }
-            const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
-#pragma unroll
-            for (int c = 0; c < 4; ++c) {
-              v[u][j][c] = of_team == 0 ? sums[c] : v[u][j][c] + sums[c];
-            }
-          }
-        }
+      for (int i = 0; i < kSlots; ++i) {
+        const unsigned unit =
+            exchange.rank * exchange.per + first + i / kUnitTiles * Tile::kConsumerWarps;
+        at[i] = slots + (unit * kUnitTiles + i % kUnitTiles) * Tile::kSlotBytes;
       }
+      const bool all = kBatch == 1 || first + Tile::kConsumerWarps < exchange.own;
+      exchange.Sum(at, all ? kSlots : 1, sums);
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) {
-        const unsigned i = first + u * Tile::kConsumerWarps;
-        if (i >= exchange.own) break;
-        const unsigned unit = exchange.rank * exchange.per + i;
-        const int team_warp = unit % Tile::kTeamWarps;
-        const HalfWord<kTiles> half(epilogue, output0 + 8 * Lane::Word(team_warp),
-                                    Lane::Byte(team_warp), g % 2);
-        half.template Store<true>(epilogue, v[u], token + unit / Tile::kTeamWarps * 8);
+        if (u > 0 && !all) break;
+        const unsigned unit = exchange.rank * exchange.per + first + u * Tile::kConsumerWarps;
+        const int of_warp = unit / kWarpUnits % Tile::kTeamWarps;
+        const HalfWord<kUnitTiles> half(epilogue, output0 + 8 * Lane::Word(of_warp),
+                                        kWarpUnits == 1 ? Lane::Byte(of_warp) : unit % kWarpUnits,
+                                        g % 2);
+        float v[kUnitTiles][4];
+#pragma unroll
+        for (int j = 0; j < kUnitTiles; ++j) {
+          const float4& sum = sums[u * kUnitTiles + j];
+          v[j][0] = sum.x, v[j][1] = sum.y, v[j][2] = sum.z, v[j][3] = sum.w;
+        }
+        half.template Store<true>(epilogue, v, token + unit / (kWarpUnits * Tile::kTeamWarps) * 8);
       }
     }
     if (p.cluster) {  // nobody leaves while others read its memory
