@@ -34,6 +34,7 @@ class WgmmaConsumer {
     WgmmaFence();
 
     const bool leader = threadIdx.x % 32 == 0;
+    const uint64_t x_tiles = SwizzledRows(Tile::X(shared_, 0));
     uint32_t a[2][kTiles][4];
     int group = -1;
     int previous = -1;
@@ -44,7 +45,7 @@ class WgmmaConsumer {
       uint32_t codes[2][4];
       lane.LoadCodes(stage, codes);
       const int depth = (share.first + i) * Tile::kDepth;
-      const uint32_t x = Tile::X(shared_, stage);
+      const uint64_t x = x_tiles + (stage * Tile::kXBytes >> 4);  // descriptors count 16 bytes
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
         if (s == 0 || (s == 2 && group_shift_ == 5)) {
@@ -60,8 +61,7 @@ class WgmmaConsumer {
         Dequantize(codes[s / 2][s % 2 * 2], codes[s / 2][s % 2 * 2 + 1], a[s % 2]);
         WgmmaFence();
 #pragma unroll
-        for (int j = 0; j < kTiles; ++j)
-          Wgmma<T, kTokens>(acc[j], a[s % 2][j], SwizzledRows(x + 32 * s));
+        for (int j = 0; j < kTiles; ++j) Wgmma<T, kTokens>(acc[j], a[s % 2][j], x + 2 * s);
         WgmmaCommit();
       }
       previous = stage;

@@ -99,13 +99,13 @@ const char* DequantizeDotUnsupported(const AwqGemmProblem& p, const Device& devi
 constexpr Variant kVariants[] = {
     {"decode_8", AwqGemmKernel::kDecode, 8, 128, 32, 3, true, 0, Decode8Unsupported},
     {"decode_16", AwqGemmKernel::kDecode, 16, 128, 32, 2, true, 0, Decode16Unsupported},
-    {"tma_8x256", AwqGemmKernel::kTma, 8, 256, 128, 1, true, 0.25, TmaUnsupported},
-    {"tma_16x256", AwqGemmKernel::kTma, 16, 256, 128, 1, true, 0.33, TmaUnsupported},
-    {"tma_32x256", AwqGemmKernel::kTma, 32, 256, 64, 1, true, 0.45, TmaUnsupported},
-    {"tma_64x256", AwqGemmKernel::kTma, 64, 256, 64, 1, true, 0.50, TmaUnsupported},
-    {"tma_128x128", AwqGemmKernel::kTma, 128, 128, 64, 1, true, 0.42, TmaUnsupported},
-    {"tma_128x256", AwqGemmKernel::kTma, 128, 256, 64, 1, true, 0.64, TmaUnsupported},
-    {"tma_256x128", AwqGemmKernel::kTma, 256, 128, 64, 1, true, 0.60, TmaUnsupported},
+    {"tma_8x256", AwqGemmKernel::kTma, 8, 256, 128, 1, true, 0.22, TmaUnsupported},
+    {"tma_16x256", AwqGemmKernel::kTma, 16, 256, 128, 1, true, 0.26, TmaUnsupported},
+    {"tma_32x256", AwqGemmKernel::kTma, 32, 256, 64, 1, true, 0.39, TmaUnsupported},
+    {"tma_64x256", AwqGemmKernel::kTma, 64, 256, 64, 1, true, 0.45, TmaUnsupported},
+    {"tma_128x128", AwqGemmKernel::kTma, 128, 128, 64, 1, true, 0.39, TmaUnsupported},
+    {"tma_128x256", AwqGemmKernel::kTma, 128, 256, 64, 1, true, 0.68, TmaUnsupported},
+    {"tma_256x128", AwqGemmKernel::kTma, 256, 128, 64, 1, true, 0.67, TmaUnsupported},
     {"wgmma_16", AwqGemmKernel::kWgmma, 16, 256, 64, 2, true, 0, WgmmaUnsupported},
     {"wgmma_32", AwqGemmKernel::kWgmma, 32, 256, 64, 1, true, 0, WgmmaUnsupported},
     {"wgmma_64", AwqGemmKernel::kWgmma, 64, 256, 64, 1, true, 0, WgmmaUnsupported},
@@ -122,13 +122,6 @@ const Variant* Find(const std::string& name) {
     if (name == v.name) return &v;
   }
   return nullptr;
-}
-
-// Rows of x from which dequantizing once and multiplying with the library's dense kernel wins.
-int64_t DequantizeDotFrom(const AwqGemmProblem& p, const Device& device) {
-  if (!TmaUnsupported(p, device)) return 1 << 30;
-  if (device.arch < 80 || TensorCoreUnsupported(p, device)) return 33;
-  return 257;
 }
 
 // CTA clusters of `size` that run at once: one more would cost a second wave. A cluster lives in
@@ -149,7 +142,7 @@ int64_t ResidentClusters(const Device& device, int ctas_per_sm, int size) {
 // from them for shapes nobody has timed.
 double TmaMicroseconds(const AwqGemmProblem& p, const Device& device, const Variant& v, int split) {
   constexpr double kLaunch = 1.0;
-  constexpr double kFill = 3.0;  // until the first step, and after the last
+  constexpr double kFill = 2.7;  // until the first step, and after the last
   constexpr double kExchange = 1.2;
   constexpr double kRemoteBytes = 20e3;  // a microsecond, that a processor reads from others
   const int64_t tiles = CeilDiv(p.m, v.tokens) * CeilDiv(p.outputs(), v.outputs) * p.batch;
@@ -171,6 +164,15 @@ int BestTmaSplit(const AwqGemmProblem& p, const Device& device, const Variant& v
   return best;
 }
 
+// Microseconds of writing the weight in x's dtype and multiplying with the library's dense kernel.
+double DequantizeDotMicroseconds(const AwqGemmProblem& p, const Device& device) {
+  constexpr double kLaunches = 2.0;
+  constexpr double kBytes = 3.4e6;       // a microsecond, read and written
+  constexpr double kOperations = 5.0e6;  // a microsecond and processor
+  const double weights = static_cast<double>(p.k) * p.n * p.batch;
+  return kLaunches + 2.5 * weights / kBytes + 2.0 * p.m * weights / (kOperations * device.sm_count);
+}
+
 const char* ChooseTma(const AwqGemmProblem& p, const Device& device) {
   const Variant* best = nullptr;
   double best_us = 0;
@@ -180,29 +182,30 @@ const char* ChooseTma(const AwqGemmProblem& p, const Device& device) {
     const double us = TmaMicroseconds(p, device, v, split);
     if (best == nullptr || us < best_us) best = &v, best_us = us;
   }
+  if (!DequantizeDotUnsupported(p, device) && DequantizeDotMicroseconds(p, device) < best_us) {
+    return "dequantize_dot";
+  }
   return best->name;
 }
 
 const char* Choose(const AwqGemmProblem& p, const Device& device) {
   const int64_t m = p.m == 0 ? 1 : p.m;
-  if (!DequantizeDotUnsupported(p, device) && m >= DequantizeDotFrom(p, device)) {
-    return "dequantize_dot";
-  }
+  const bool decode_8 = p.m > 0 && !Decode8Unsupported(p, device);
   if (!TmaUnsupported(p, device)) {
-    // Without a pipeline to fill the decode kernel is done first where there is little to read.
-    constexpr int64_t kFewWeights = int64_t{20} << 20;
-    if (p.m > 0 && p.m <= 4 && p.n * p.k * p.batch <= kFewWeights &&
-        !Decode8Unsupported(p, device)) {
-      return "decode_8";
-    }
     if (p.m == 0) return "tma_64x256";
+    // Without a pipeline to fill the decode kernel is done first where there is little to read.
+    constexpr int64_t kFewWeights = int64_t{12} << 20;
+    if (decode_8 && p.n * p.k * p.batch <= kFewWeights) return "decode_8";
     return ChooseTma(p, device);
   }
-  if (p.m > 0 && !Decode8Unsupported(p, device)) return "decode_8";
-  if (p.m > 0 && !Decode16Unsupported(p, device)) return "decode_16";
-  if (TensorCoreUnsupported(p, device)) {
-    return SimtUnsupported(p, device) ? "reference" : "simt";
+  const bool tensor_cores = !TensorCoreUnsupported(p, device);
+  // Rows of x from which dequantizing once and multiplying with the library's dense kernel wins.
+  if (m > (tensor_cores ? 256 : 32) && !DequantizeDotUnsupported(p, device)) {
+    return "dequantize_dot";
   }
+  if (!tensor_cores) return SimtUnsupported(p, device) ? "reference" : "simt";
+  if (decode_8) return "decode_8";
+  if (p.m > 0 && !Decode16Unsupported(p, device)) return "decode_16";
   // An unknown number of rows takes the tile that is never far from the best.
   if (!WgmmaUnsupported(p, device)) {
     if (p.m == 0) return "wgmma_64";
