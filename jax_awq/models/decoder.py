@@ -40,7 +40,14 @@ def logits(
     Args:
       start: int32 (B,), the first token of each row that is not padding; None for no padding.
         What stands before it is undefined.
+
+    Raises:
+      ValueError: `input_ids` are no integers or not 2-D. Their values are not looked at.
     """
+    if input_ids.ndim != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
+        raise ValueError(
+            f"logits: input_ids must be integers (B, T), got {input_ids.dtype} {input_ids.shape}"
+        )
     x, _ = hidden_states(params, input_ids, _span(input_ids, 0, start, config), None, config)
     return output(params, x, config)
 
