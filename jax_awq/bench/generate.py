@@ -199,7 +199,8 @@ def main(args: argparse.Namespace) -> int:
         times = {"write_seconds": _written(Path(folder, "model"), config, args.group_size)}
         memory = Memory()
         start = time.perf_counter()
-        model = jax.block_until_ready(models.load(Path(folder, "model")))
+        model = models.load(Path(folder, "model"))
+        jax.block_until_ready(model.params)
         times["load_seconds"] = time.perf_counter() - start
         size = sum(file.stat().st_size for file in Path(folder, "model").glob("*.safetensors"))
     top = report.environment() | {
