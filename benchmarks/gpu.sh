@@ -8,7 +8,7 @@
 #   WHEEL     installs that wheel
 #   test      gpu_tests.json
 #   sanitize  sanitizers.json: compute-sanitizer with each of its tools
-#   bench     awq_gemm.json, awq_dequantize.json, decode.json
+#   bench     awq_gemm.json, awq_dequantize.json, decode.json, generate.json
 #   shapes    adds other weights and group sizes to awq_gemm.json, which is in OUT
 #   ptx       gpu_tests_ptx75.json, gpu_tests_ptx80.json: the kernels of older GPUs, as PTX alone
 #
@@ -88,7 +88,8 @@ for word in "$@"; do
     bench)
       python3 -m jax_awq.bench awq_gemm --dtypes float16 bfloat16 --json "$OUT/awq_gemm.json" &&
         python3 -m jax_awq.bench awq_dequantize --json "$OUT/awq_dequantize.json" &&
-        python3 -m jax_awq.bench decode --json "$OUT/decode.json"
+        python3 -m jax_awq.bench decode --json "$OUT/decode.json" &&
+        python3 -m jax_awq.bench generate --json "$OUT/generate.json"
       ;;
     shapes)
       more() { python3 -m jax_awq.bench awq_gemm --json "$OUT/awq_gemm.json" --merge "$@"; }

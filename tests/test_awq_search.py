@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.tree_util import Partial
 
 from jax_awq.quantize import collect_statistics, round_to_nearest, search_clip, search_scale
 from jax_awq.testing import dequantize_float64
@@ -73,12 +74,55 @@ def test_scale_is_the_best_of_all_candidates(seed):
         search_scale([jnp.asarray(w) for w in weights], collect_statistics([x]), group_size=GROUP)
     )
     scales, losses = zip(*scales_and_losses(x, weights, GROUP), strict=True)
-    distances = [np.abs(scale / s - 1).max() for s in scales]
-    found = int(np.argmin(distances))
-    assert distances[found] < 1e-4
+    found = nearest(scale, scales)
     # A weight within an ulp of float16 from a tie may round otherwise in float32.
     assert losses[found] <= 1.01 * min(losses)
     assert max(losses) > 1.2 * min(losses)
+
+
+@pytest.mark.parametrize("bound", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_scale_is_the_best_for_the_output_of_an_mlp(seed, bound):
+    rng = np.random.default_rng(seed)
+    x = outliers(rng, TOKENS)
+    gate, up = (rng.standard_normal((K, N)).astype(np.float32) / 16 for _ in range(2))
+    down = rng.standard_normal((N, K)).astype(np.float32) * np.geomspace(0.01, 1, N)[:, None]
+
+    def mlp(down, weight, x, xp=jnp):
+        gated, linear = xp.split(x @ weight, 2, axis=-1)
+        return (gated / (1 + xp.exp(-gated)) * linear) @ down
+
+    output = Partial(mlp, jnp.asarray(down)) if bound else lambda w, x: mlp(down, w, x)
+    arguments = [gate, up], collect_statistics([x])
+    scale = np.asarray(
+        search_scale(*arguments, group_size=GROUP, output=output, batches=np.split(x, 4))
+    )
+    wide, weight = x.astype(np.float64), np.concatenate([gate, up], axis=1).astype(np.float64)
+    scales = [scale for scale, _ in scales_and_losses(x, [gate, up], GROUP)]
+    losses = []
+    for candidate in scales:
+        rounded = fake(weight * candidate[:, None], GROUP) / candidate[:, None]
+        error = mlp(down, rounded, wide, np) - mlp(down, weight, wide, np)
+        losses.append(np.mean(error**2))
+    found = nearest(scale, scales)
+    assert losses[found] <= 1.01 * min(losses)
+    # It is another choice than the linears' own outputs lead to, and a better one.
+    of_linears = nearest(np.asarray(search_scale(*arguments, group_size=GROUP)), scales)
+    assert found != of_linears
+    assert losses[found] < losses[of_linears]
+
+
+def nearest(scale, scales):
+    distances = [np.abs(scale / s - 1).max() for s in scales]
+    assert min(distances) < 1e-4
+    return int(np.argmin(distances))
+
+
+def test_output_without_batches(rng):
+    weight = rng.standard_normal((K, N)).astype(np.float32)
+    statistics = collect_statistics([outliers(rng, TOKENS)])
+    with pytest.raises(ValueError, match="search_scale: output needs batches, got none"):
+        search_scale([weight], statistics, output=lambda w, x: x @ w)
 
 
 def test_clip_is_the_best_of_all_candidates(rng):

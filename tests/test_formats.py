@@ -121,7 +121,7 @@ def test_flat(tmp_path, name, part):
     tensors[part] = (
         tensors[part].reshape(1, -1) if tensors[part].ndim == 1 else tensors[part].ravel()
     )
-    refused(tmp_path, tensors, config, "", "must have (shape|2 dim)")
+    refused(tmp_path, tensors, config, "", "must have (shape|2 (or 3 )?dim)")
 
 
 @PARTS

@@ -264,7 +264,13 @@ def test_equinox_takes_a_vector(rng):
 
 @pytest.mark.parametrize(
     ("module", "package", "extra"),
-    [("flax", "flax", "flax"), ("equinox", "equinox", "equinox"), ("qwix", "qwix", "qwix")],
+    [
+        ("flax", "flax", "flax"),
+        ("equinox", "equinox", "equinox"),
+        ("qwix", "qwix", "qwix"),
+        ("models.flax", "flax", "models,flax"),
+        ("models.equinox", "equinox", "models,equinox"),
+    ],
 )
 def test_missing_package(module, package, extra):
     code = f"import sys; sys.modules[{package!r}] = None; import jax_awq.{module}"

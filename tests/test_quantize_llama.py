@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jax_awq
+from jax_awq.models import quantization_blocks, read_decoder_config
 from jax_awq.quantize import decoder_blocks, quantize
 
 nnx = pytest.importorskip("flax.nnx")
@@ -58,8 +59,10 @@ def perplexity(model, ids):
     return float(jnp.exp(losses.mean()))
 
 
-@pytest.mark.parametrize("group_size", [128, 64])
-def test_perplexity_of_a_llama(example, group_size):
+@pytest.mark.parametrize(
+    ("group_size", "compared"), [(128, "linears"), (64, "linears"), (128, "block")]
+)
+def test_perplexity_of_a_llama(example, group_size, compared):
     """The dequantized checkpoint stands for a float one; queries share values in it."""
     ids = jnp.asarray(EXPECTED["valid_ids"])
     want = float(EXPECTED["ppl_quantized"])
@@ -72,7 +75,10 @@ def test_perplexity_of_a_llama(example, group_size):
             params[f"{name}.weight"] = value.dequantize(jnp.float32).T
         else:
             params[name] = value
-    blocks = decoder_blocks(params)
+    if compared == "block":
+        blocks = quantization_blocks(params, read_decoder_config(example.GOLDEN))
+    else:
+        blocks = decoder_blocks(params)
     assert blocks[1].previous is None
     inputs = inputs_of(model, ids[:4])
     result = quantize(

@@ -3,6 +3,7 @@
 python -m jax_awq.bench awq_gemm --json OUT.json
 python -m jax_awq.bench awq_dequantize --json OUT.json
 python -m jax_awq.bench decode --json OUT.json
+python -m jax_awq.bench generate --json OUT.json
 python -m jax_awq.bench table OUT.json
 python -m jax_awq.bench plot OUT.json [MORE.json ...] --out PLOT.svg
 """
@@ -13,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jax_awq.bench import decode, plot, report
+from jax_awq.bench import decode, generate, plot, report
 from jax_awq.bench.impls import IMPLS, can_read
 from jax_awq.bench.run import READ_BYTES_PER_SECOND, run
 from jax_awq.bench.timing import METHOD, MIN_WEIGHT_BYTES
@@ -24,6 +25,8 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if args.command == "decode":
         return decode.main(args)
+    if args.command == "generate":
+        return generate.main(args)
     if args.command == "plot":
         rows = [row for file in args.json for row in json.loads(file.read_text("utf-8"))["rows"]]
         weights = [(shape.k, shape.n) for shape in args.shapes]
@@ -31,8 +34,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.command == "table":
         rows = json.loads(args.json.read_text(encoding="utf-8"))["rows"]
-        if rows and rows[0]["op"] == "decode":
-            print(decode.markdown(rows), end="")
+        of_models = {"decode": decode, "generate": generate}
+        if rows and rows[0]["op"] in of_models:
+            print(of_models[rows[0]["op"]].markdown(rows), end="")
             return 0
         text = report.overview(rows, args.overview) if args.overview else report.markdown(rows)
         print(text, end="")
@@ -122,6 +126,11 @@ def _parser() -> argparse.ArgumentParser:
     tokens = commands.add_parser("decode", help="tokens per second of a Llama-3-8B-shaped decoder")
     decode.add_arguments(tokens)
     tokens.add_argument("--json", type=Path, help="file for the rows")
+    text = commands.add_parser(
+        "generate", help="write, load and run a Llama-3-8B-shaped checkpoint"
+    )
+    generate.add_arguments(text)
+    text.add_argument("--json", type=Path, help="file for the rows")
     table = commands.add_parser("table", help="print the Markdown tables of a result")
     table.add_argument("json", type=Path)
     table.add_argument(

@@ -48,8 +48,9 @@ def load_hf(
 
     Returns:
       Quantized linears under their module path (``model.layers.0.mlp.down_proj``) as `AWQWeight`,
-      or as `PermutedWeight` where GPTQ's act-order has changed the order of the inputs; every other
-      tensor, also the bias of a linear, under its full name as an array.
+      or as `PermutedWeight` where GPTQ's act-order has changed the order of the inputs; experts
+      that compressed-tensors has in one 3-D weight as one (E, K, N); every other tensor, also the
+      bias of a linear, under its full name as an array.
 
     Raises:
       FileNotFoundError: the folder, its configuration or a file that it names is missing.

@@ -40,7 +40,7 @@ class Entry:
 
     Attributes:
       kind: format of a linear, or dtype of a tensor.
-      shape: (K, N) of a linear.
+      shape: (K, N) of a linear, (E, K, N) of experts in one tensor.
       group_size: of a linear, else None.
       size: bytes in the files.
     """
@@ -119,9 +119,10 @@ def survey(folder: Path) -> Survey:
 
 
 def _linear_entry(module: str, linear: Linear) -> Entry:
-    k, n, group_size = dataclasses.astuple(linear.geometry)
+    geometry = linear.geometry
+    shape = (*geometry.batch, geometry.k, geometry.n)
     size = sum(map(_size, linear.parts.values()))
-    return Entry(module, linear.format.title, (k, n), group_size, size)
+    return Entry(module, linear.format.title, shape, geometry.group_size, size)
 
 
 def _assemble(
@@ -145,12 +146,12 @@ def _abstract_array(tensor: Tensor) -> jax.ShapeDtypeStruct:
 
 def _abstract_weight(geometry: Geometry) -> AWQWeight:
     """In layout "gemm", whatever the format: the shape of the weight is what counts."""
-    k, n = geometry.k, geometry.n
+    batch, k, n = geometry.batch, geometry.k, geometry.n
     scales, qzeros = group_shapes(k, n, geometry.group_size, "gemm")
     return AWQWeight(
-        jax.ShapeDtypeStruct((k, n // 8), jnp.int32),
-        jax.ShapeDtypeStruct(scales, jnp.float16),
-        jax.ShapeDtypeStruct(qzeros, jnp.int32),
+        jax.ShapeDtypeStruct((*batch, k, n // 8), jnp.int32),
+        jax.ShapeDtypeStruct((*batch, *scales), jnp.float16),
+        jax.ShapeDtypeStruct((*batch, *qzeros), jnp.int32),
         group_size=geometry.group_size,
     )
 

@@ -40,8 +40,15 @@ def logits(
     Args:
       start: int32 (B,), the first token of each row that is not padding; None for no padding.
         What stands before it is undefined.
+
+    Raises:
+      ValueError: `input_ids` are no integers or not 2-D. Their values are not looked at.
     """
-    x, _ = hidden_states(params, input_ids, _span(input_ids, 0, start, config), None, config)
+    if input_ids.ndim != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
+        raise ValueError(
+            f"logits: input_ids must be integers (B, T), got {input_ids.dtype} {input_ids.shape}"
+        )
+    x, _ = hidden_states(params, input_ids, make_span(input_ids, 0, start, config), None, config)
     return output(params, x, config)
 
 
@@ -59,7 +66,7 @@ def prefill(
     Returns:
       Logits (B, V) of the token before `length`, and the cache.
     """
-    span = _span(input_ids, 0, cache.start, config)
+    span = make_span(input_ids, 0, cache.start, config)
     x, cache = hidden_states(params, input_ids, span, cache, config)
     last = lax.dynamic_slice_in_dim(x, length - 1, 1, axis=1)
     return output(params, last, config)[:, 0], cache._replace(length=length)
@@ -74,7 +81,7 @@ def decode_step(
     The cache must have a free slot: a token too many would replace the last one.
     """
     ids = token[:, None]
-    span = _span(ids, cache.length, cache.start, config)
+    span = make_span(ids, cache.length, cache.start, config)
     x, cache = hidden_states(params, ids, span, cache, config)
     return output(params, x, config)[:, 0], cache._replace(length=cache.length + 1)
 
@@ -137,6 +144,24 @@ def block(
 ) -> tuple[Array, tuple[Array, Array] | None]:
     """One layer, (B, T, H) -> (B, T, H), and its part of the cache."""
     h = rms_norm(x, layer["input_norm"], config.norm_eps)
+    attended, kv = attention(layer, h, span, kv, window, config)
+    x = x + attended
+    h = rms_norm(x, layer["post_norm"], config.norm_eps)
+    if "mixture" in layer:
+        assert config.experts is not None
+        return x + mixture(h, layer["mixture"], config.experts), kv
+    return x + mlp(h, layer["mlp"], config.intermediate_size), kv
+
+
+def attention(
+    layer: dict[str, Any],
+    h: Array,
+    span: Span,
+    kv: tuple[Array, Array] | None,
+    window: int | None,
+    config: DecoderConfig,
+) -> tuple[Array, tuple[Array, Array] | None]:
+    """Attention of a layer with its linears, of normalized (B, T, H) and of that shape."""
     heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
     heads["v_proj"] = config.num_kv_heads
     sizes = {name: count * config.head_dim for name, count in heads.items()}
@@ -151,17 +176,13 @@ def block(
         k = rms_norm(k, layer["k_norm"], config.norm_eps)
     q, k = (rotate(part, span.cos, span.sin) for part in (q, k))
     attended, kv = attend(q, k, v, kv, span, window, config)
-    attended = attended.reshape(*x.shape[:-1], config.num_heads * config.head_dim)
-    x = x + linear(attended, layer["attention"]["o_proj"])
-    h = rms_norm(x, layer["post_norm"], config.norm_eps)
-    if "mixture" in layer:
-        assert config.experts is not None
-        return x + mixture(h, layer["mixture"], config.experts), kv
-    return x + mlp(h, layer["mlp"], config.intermediate_size), kv
+    attended = attended.reshape(*h.shape[:-1], config.num_heads * config.head_dim)
+    return linear(attended, layer["attention"]["o_proj"]), kv
 
 
-def _span(ids: Array, first: Any, start: Array | None, config: DecoderConfig) -> Span:
+def make_span(tokens: Array, first: Any, start: Array | None, config: DecoderConfig) -> Span:
+    """Where tokens (B, T, ...) stand whose first one is in the slot `first`."""
     # Slots serve as positions even behind padding: a rotary embedding tells distances alone.
-    positions = first + jnp.arange(ids.shape[1])
+    positions = first + jnp.arange(tokens.shape[1])
     frequencies = config.rope.frequencies(config.head_dim)
     return Span(first, *angles(frequencies, positions, config.dtype), start)

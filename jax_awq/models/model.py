@@ -162,7 +162,7 @@ class Model:
             return
         batch, tokens = ids.shape
         stacked = isinstance(self.params["layers"], dict)
-        slots = _rounded(_rounded(tokens) + max_new_tokens)
+        slots = cache_slots(tokens, max_new_tokens)
         cache = make_cache(self.config, batch, slots, stacked=stacked, start=start)
         filled = np.pad(ids, ((0, 0), (0, _rounded(tokens) - tokens)))
         logits, cache = decoder.prefill(
@@ -213,6 +213,11 @@ class Model:
             )
         start = (mask.shape[1] - mask.sum(axis=1)).astype(np.int32)
         return ids.astype(np.int32), jnp.asarray(start) if start.any() else None
+
+
+def cache_slots(tokens: int, max_new_tokens: int) -> int:
+    """Slots of the cache that `Model.stream` makes."""
+    return _rounded(_rounded(tokens) + max_new_tokens)
 
 
 def _rounded(length: int) -> int:

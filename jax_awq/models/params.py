@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jax_awq.models.config import DecoderConfig
+from jax_awq.models.config import DecoderConfig, Experts
 from jax_awq.models.layers import Linear
 from jax_awq.weights import AWQWeight
 
@@ -98,14 +98,22 @@ def _layer(source: "_Source", index: int, config: DecoderConfig) -> dict[str, An
     assert experts is not None
     layer["mixture"] = {
         "router": source.linear(f"{name}.mlp.gate", hidden, experts.num_experts, False),
-        "experts": stack(
-            [
-                _mlp(source, f"{name}.mlp.experts.{e}", experts.intermediate_size, config)
-                for e in range(experts.num_experts)
-            ]
-        ),
+        "experts": _experts(source, f"{name}.mlp.experts", experts, hidden, config),
     }
     return layer
+
+
+def _experts(
+    source: "_Source", name: str, experts: Experts, hidden: int, config: DecoderConfig
+) -> dict[str, Linear]:
+    size, count = experts.intermediate_size, experts.num_experts
+    if not source.has(f"{name}.gate_up_proj"):
+        return stack([_mlp(source, f"{name}.{e}", size, config) for e in range(count)])
+    # As transformers 5 has them: all experts in one tensor, gate before up.
+    return {
+        "gate_up_proj": source.linear(f"{name}.gate_up_proj", hidden, 2 * size, False, count),
+        "down_proj": source.linear(f"{name}.down_proj", size, hidden, False, count),
+    }
 
 
 def _mlp(source: "_Source", name: str, size: int, config: DecoderConfig) -> dict[str, Linear]:
@@ -192,12 +200,18 @@ class _Source:
             raise ValueError(f"load: tensor {name} must have shape {shape}, got {found.shape}")
         return found
 
-    def linear(self, name: str, k: int, n: int, bias: bool) -> Linear:
+    def linear(self, name: str, k: int, n: int, bias: bool, experts: int | None = None) -> Linear:
         if name in self.tensors:
             weight = self.tensors.pop(name)
-            if weight.shape != (k, n):
+            sizes = {"K": k, "N": n}
+            if isinstance(weight, jax.Array):  # experts in float, which have no name of a weight
+                sizes = {"N": n, "K": k}
+            if experts is not None:
+                sizes = {"E": experts, **sizes}
+            if weight.shape != tuple(sizes.values()):
                 raise ValueError(
-                    f"load: linear {name} must have (K, N) = {(k, n)}, got {weight.shape}"
+                    f"load: linear {name} must have ({', '.join(sizes)}) = "
+                    f"{tuple(sizes.values())}, got {weight.shape}"
                 )
         else:
             weight = self.array(f"{name}.weight", (n, k))

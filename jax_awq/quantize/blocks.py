@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jax_awq._packing import PACK_FACTOR
@@ -19,11 +19,16 @@ class Block:
         that it can be divided by a scale there; None where there is none, as after an activation
         function, and then only clipping is searched.
       others: linears of the same input that stay float, such as the router of experts.
+      output: what the search of the scale compares, a function of the weights of `linears` side by
+        side, float32 (K, N), inputs first, and of a batch of their input: the output of the
+        attention or MLP around them. None compares the linears' own outputs. A
+        `jax.tree_util.Partial` with other weights bound compiles once for all layers.
     """
 
     linears: tuple[str, ...]
     previous: str | None = None
     others: tuple[str, ...] = ()
+    output: Callable[[Any, Any], Any] | None = dataclasses.field(default=None, compare=False)
 
 
 def decoder_blocks(params: Mapping[str, Any]) -> list[Block]:
@@ -34,7 +39,7 @@ def decoder_blocks(params: Mapping[str, Any]) -> list[Block]:
 
     Returns:
       For each layer: norm to q, k, v; v to o, where no query heads share a value; norm to gate and
-      up; up to down.
+      up; up to down. None has an `output`, see `jax_awq.models.quantization_blocks`.
 
     Raises:
       ValueError: there are no layers of that name.

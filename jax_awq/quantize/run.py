@@ -51,7 +51,8 @@ def quantize(
       blocks: `decoder_blocks`, or others.
       inputs: function from a block to batches ``(..., K)`` of its input, which the float model has
         on calibration data. It is called at most once for a block, in their order, but together
-        with the block of `previous` where that is a linear.
+        with the block of `previous` where that is a linear. The batches of a block with an
+        `output` are kept while its scale is searched, those of others are read one by one.
       group_size: inputs that share one scale, -1 for all of them.
       dtype: of the scales, and of the arithmetic when rounding: float16 as AutoAWQ, or bfloat16,
         float32.
@@ -149,11 +150,14 @@ class _Run:
                 if block.previous is None:
                     scale = jnp.ones(weights[0].shape[1], jnp.float32)
                 else:
+                    batches = None if block.output is None else list(self.inputs(block))
                     scale = search_scale(
                         [jnp.asarray(w).T for w in weights],
-                        self._statistics(index),
+                        self._statistics(index, batches),
                         group_size=self.group_size,
                         dtype=self.dtype,
+                        output=block.output,
+                        batches=batches or (),
                     )
                 arrays = {"scale": scale}
                 self.state.save(name, settings, arrays)
@@ -174,10 +178,10 @@ class _Run:
             )
         return round_to_nearest(weight, group_size=self.group_size, dtype=self.dtype)
 
-    def _statistics(self, index: int) -> Statistics:
+    def _statistics(self, index: int, batches: Iterable[Any] | None = None) -> Statistics:
         if index not in self.statistics:
             block = self.blocks[index]
-            found = collect_statistics(self.inputs(block))
+            found = collect_statistics(self.inputs(block) if batches is None else batches)
             k = weight_of(self.params, block.linears[0]).shape[1]
             if found.mean_abs.shape != (k,):
                 raise ValueError(
@@ -189,7 +193,12 @@ class _Run:
 
     def _settings(self, block: Block) -> dict[str, Any]:
         return {
-            "block": dataclasses.asdict(block),
+            "block": {
+                "linears": block.linears,
+                "previous": block.previous,
+                "others": block.others,
+                "output": block.output is not None,
+            },
             "group_size": self.group_size,
             "dtype": self.dtype.name,
             "clip": [self.clip(path) for path in block.linears],

@@ -1,12 +1,13 @@
 """The two searches of AWQ: scales of input channels, and where to clip a group."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.tree_util import Partial
 
 from jax_awq.quantize.rtn import codes_of, in_groups, rounding
 from jax_awq.quantize.statistics import Statistics
@@ -15,51 +16,93 @@ RATIOS = 20
 SHRINK_STEPS = 10  # each by 1/20 of the largest value
 
 
-@functools.partial(jax.jit, static_argnames=("group_size", "dtype"))
 def search_scale(
     weights: Sequence[Array],
     statistics: Statistics,
     *,
     group_size: int = 128,
     dtype: Any = jnp.float16,
+    output: Callable[[Array, Array], Array] | None = None,
+    batches: Iterable[Any] = (),
 ) -> Array:
     """The scale `s` of input channels with the least error of ``(x / s) @ Q(s * w)``.
 
     Candidates are ``mean|x|^r / mean|w|^(1 - r)`` for r = 0, 1/20, ..., 19/20, where ``|w|`` is
     relative to the largest of its group, and the geometric mean of the extremes is 1. The error is
-    the mean square over calibration tokens and the outputs of all the weights; AutoAWQ takes that
-    of the attention or MLP around them.
+    the mean square over calibration tokens and the outputs of all the weights, or, as AutoAWQ has
+    it, those of the attention or MLP around them, which `output` then is.
 
     Args:
       weights: ``(K, N_i)`` float, of linears that share one input.
       statistics: of that input.
       group_size: rows of K that share one scale, -1 for all of them.
       dtype: of the arithmetic of Q, as in `round_to_nearest`.
+      output: function of the weights side by side, float32 ``(K, sum of N_i)``, and one batch;
+        None for their product. See `Block`.
+      batches: of the input, which `output` takes; they are read once.
 
     Returns:
       ``(K,)`` float32, positive.
 
+    Raises:
+      ValueError: there is an `output` and no batch.
+
     Source: AWQ, arXiv 2306.00978, section 3.2; AutoAWQ 0.2.9, AwqQuantizer._search_best_scale.
     """
-    weight = jnp.concatenate([w.astype(jnp.float32) for w in weights], axis=-1)
+    weight = jnp.concatenate([jnp.asarray(w, jnp.float32) for w in weights], axis=-1)
+    scales = _candidates(weight, statistics.mean_abs, group_size)
+    if output is None:
+        losses = _product_losses(weight, scales, statistics.gram, group_size, dtype)
+    else:
+        # As a pytree, so that other weights in it are arguments, and blocks alike compile once.
+        function = output if isinstance(output, Partial) else Partial(output)
+        each = [
+            _output_losses(weight, scales, function, jnp.asarray(x), group_size, dtype)
+            for x in batches
+        ]
+        if not each:
+            raise ValueError("search_scale: output needs batches, got none")
+        losses = sum(each[1:], each[0])
+    return scales[jnp.argmin(jnp.where(jnp.isnan(losses), jnp.inf, losses))]
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _candidates(weight: Array, x_mean: Array, group_size: int) -> Array:
+    """(RATIOS, K)."""
     groups = jnp.abs(in_groups(weight, group_size))
     relative = groups / (groups.max(-2, keepdims=True) + 1e-6)
     w_mean = relative.reshape(weight.shape).mean(-1)
-    x_mean = statistics.mean_abs
 
     def candidate(ratio: Array) -> Array:
         scale = jnp.maximum(x_mean**ratio / (w_mean ** (1 - ratio) + 1e-4), 1e-4)
         scale = scale / jnp.sqrt(scale.max() * scale.min())
         return jnp.where(jnp.isfinite(scale), scale, 1)
 
-    def loss(ratio: Array) -> Array:
-        scale = candidate(ratio)[:, None]
-        rounded = fake_quantize(weight * scale, group_size=group_size, dtype=dtype) / scale
-        return _squares(rounded - weight, statistics.gram)
+    return jax.vmap(candidate)(jnp.arange(RATIOS, dtype=jnp.float32) / RATIOS)
 
-    ratios = jnp.arange(RATIOS, dtype=jnp.float32) / RATIOS
-    losses = lax.map(loss, ratios)
-    return candidate(ratios[jnp.argmin(jnp.where(jnp.isnan(losses), jnp.inf, losses))])
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _product_losses(weight, scales, gram, group_size, dtype) -> Array:
+    def loss(scale: Array) -> Array:
+        return _squares(_rounded(weight, scale, group_size, dtype) - weight, gram)
+
+    return lax.map(loss, scales)
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def _output_losses(weight, scales, output, x, group_size, dtype) -> Array:
+    want = output(weight, x)
+
+    def loss(scale: Array) -> Array:
+        return ((output(_rounded(weight, scale, group_size, dtype), x) - want) ** 2).sum()
+
+    return lax.map(loss, scales)
+
+
+def _rounded(weight: Array, scale: Array, group_size: int, dtype: Any) -> Array:
+    """What a weight becomes when it is quantized under a scale of its inputs."""
+    scale = scale[:, None]
+    return fake_quantize(weight * scale, group_size=group_size, dtype=dtype) / scale
 
 
 @functools.partial(jax.jit, static_argnames=("group_size", "dtype"))

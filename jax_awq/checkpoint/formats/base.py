@@ -32,11 +32,16 @@ class BadPart(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """A (K, N) weight; `group_size` is -1 for one group."""
+    """A (K, N) weight, or (E, K, N) of `experts`; `group_size` is -1 for one group."""
 
     k: int
     n: int
     group_size: int
+    experts: int | None = None
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        return () if self.experts is None else (self.experts,)
 
     @property
     def group_rows(self) -> int:
@@ -74,10 +79,12 @@ class Readable(Format):
     Attributes:
       packed: the part that has the codes.
       packed_dtype: its dtype.
+      stacked: whether the linears of all experts may lie in one tensor with a leading dimension.
     """
 
     packed = "qweight"
     packed_dtype = "I32"
+    stacked = False
 
     @abc.abstractmethod
     def names(self, parts: Parts, config: QuantConfig) -> tuple[str, ...]:
@@ -85,7 +92,7 @@ class Readable(Format):
 
     @abc.abstractmethod
     def size(self, packed_shape: tuple[int, ...]) -> tuple[int, int]:
-        """(K, N)."""
+        """(K, N), of the last two dimensions."""
 
     @abc.abstractmethod
     def expected(self, geometry: Geometry) -> dict[str, Expected]:
@@ -93,7 +100,7 @@ class Readable(Format):
 
     @abc.abstractmethod
     def codes(self, packed: Any) -> Any:
-        """Codes 0 to 15 as (K, N), from a numpy or JAX array."""
+        """Codes 0 to 15 as (K, N), or (E, K, N), from a numpy or JAX array."""
 
     @abc.abstractmethod
     def groups(self, arrays: Arrays, geometry: Geometry) -> tuple[Any, np.ndarray]:
@@ -126,18 +133,23 @@ class Readable(Format):
                 )
         packed = parts[self.packed]
         check_dtype(packed, (self.packed_dtype,))
-        if len(packed.shape) != 2:
-            raise ValueError(f"load_hf: {packed} must have 2 dimensions, got shape {packed.shape}")
-        k, n = self.size(packed.shape)
-        if 0 in (k, n) or n % PACK_FACTOR:
+        dimensions = (2, 3) if self.stacked else (2,)
+        if len(packed.shape) not in dimensions:
+            raise ValueError(
+                f"load_hf: {packed} must have {' or '.join(map(str, dimensions))} dimensions, "
+                f"got shape {packed.shape}"
+            )
+        *batch, rows, columns = packed.shape
+        k, n = self.size((rows, columns))
+        if 0 in (*batch, k, n) or n % PACK_FACTOR:
             raise ValueError(
                 f"load_hf: {packed}: K={k} must be positive and N={n} must be a multiple of "
                 f"{PACK_FACTOR}"
             )
-        geometry = Geometry(k, n, self.group_size(k, parts, config))
+        geometry = Geometry(k, n, self.group_size(k, parts, config), *batch)
         for name, (dtypes, shape) in {
             **self.expected(geometry),
-            "bias": (FLOATS, (n,)),
+            "bias": (FLOATS, (*geometry.batch, n)),
         }.items():
             if name in parts:
                 check_dtype(parts[name], dtypes)

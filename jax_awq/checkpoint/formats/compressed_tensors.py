@@ -21,7 +21,11 @@ from jax_awq.checkpoint.formats.base import (
 
 
 class PackQuantized(Readable):
-    """Codes packed along K, zero points along N, both with 8 added; symmetric without zeros."""
+    """Codes packed along K, zero points along N, both with 8 added; symmetric without zeros.
+
+    Of experts that are one 3-D weight each is packed like a weight of its own, and the results are
+    stacked.
+    """
 
     title, method, versions = (
         "compressed-tensors pack-quantized",
@@ -29,6 +33,7 @@ class PackQuantized(Readable):
         ("pack-quantized",),
     )
     packed = "weight_packed"
+    stacked = True
 
     def recognise(self, parts: Parts) -> bool:
         return "weight_packed" in parts
@@ -40,16 +45,26 @@ class PackQuantized(Readable):
         return ("weight_packed", "weight_scale", "weight_shape", *there)
 
     def size(self, packed_shape: tuple[int, ...]) -> tuple[int, int]:
-        return packed_shape[1] * PACK_FACTOR, packed_shape[0]
+        rows, columns = packed_shape
+        return columns * PACK_FACTOR, rows
 
     def expected(self, geometry: Geometry) -> dict[str, Expected]:
-        groups, n = geometry.groups, geometry.n
+        batch, groups, n = geometry.batch, geometry.groups, geometry.n
         return {
-            "weight_scale": (FLOATS, (n, groups)),
-            "weight_zero_point": (INT32, (n // PACK_FACTOR, groups)),
-            "weight_shape": (("I64", "I32"), (2,)),
+            "weight_scale": (FLOATS, (*batch, n, groups)),
+            "weight_zero_point": (INT32, (*batch, n // PACK_FACTOR, groups)),
+            "weight_shape": (("I64", "I32"), (len(batch) + 2,)),
             "weight_g_idx": (INT32, (geometry.k,)),
         }
+
+    def geometry(self, module: str, parts: Parts, config: QuantConfig) -> Geometry:
+        geometry = super().geometry(module, parts, config)
+        if geometry.batch and "weight_g_idx" in parts:
+            raise ValueError(
+                f"load_hf: {parts['weight_g_idx']} is act-order, which is not read of experts in "
+                "one tensor"
+            )
+        return geometry
 
     def group_size(self, k: int, parts: Parts, config: QuantConfig) -> int:
         if config.group_size is not None:
@@ -63,20 +78,20 @@ class PackQuantized(Readable):
         return -1 if groups == 1 else k // groups
 
     def codes(self, packed: Any) -> Any:
-        return unpack_int4(packed, order="natural").T
+        return unpack_int4(packed, order="natural").swapaxes(-1, -2)
 
     def groups(self, arrays: Arrays, geometry: Geometry) -> tuple[Any, np.ndarray]:
         shape = tuple(arrays["weight_shape"].tolist())
-        if shape != (geometry.n, geometry.k):
+        wanted = (*geometry.batch, geometry.n, geometry.k)
+        if shape != wanted:
             raise BadPart(
                 "weight_shape",
-                f"must be {(geometry.n, geometry.k)}, the size of weight_packed with 4-bit "
-                f"codes, got {shape}",
+                f"must be {wanted}, the size of weight_packed with 4-bit codes, got {shape}",
             )
         zeros = arrays.get("weight_zero_point")
         if zeros is not None:
-            zeros = unpack_int4(zeros, order="natural", axis=0).T
-        return zeros, np.ascontiguousarray(arrays["weight_scale"].T)
+            zeros = unpack_int4(zeros, order="natural", axis=-2).swapaxes(-1, -2)
+        return zeros, np.ascontiguousarray(arrays["weight_scale"].swapaxes(-1, -2))
 
     def permutation(self, arrays: Arrays, geometry: Geometry) -> np.ndarray | None:
         g_idx = arrays.get("weight_g_idx")
