@@ -51,6 +51,7 @@ class Impl:
       launches: ways to launch it, chosen by the keyword `launch` of `run`, of which the fastest
         counts; 1 where there is no choice and no keyword.
       takes_x: whether there is a row for every M, or one with M = 0.
+      transposed: whether x is what the result of the others is, (M, N).
     """
 
     run: Callable[..., Array]
@@ -59,10 +60,12 @@ class Impl:
     moved_bytes: Callable[[Case], int]
     launches: int = 1
     takes_x: bool = True
+    transposed: bool = False
 
 
-def make_x(key: Array, case: Case) -> Array:
-    return jax.random.normal(key, (max(case.m, 1), case.k), case.dtype)
+def make_x(key: Array, impl: Impl, case: Case) -> Array:
+    columns = case.n if impl.transposed else case.k
+    return jax.random.normal(key, (max(case.m, 1), columns), case.dtype)
 
 
 def _packed(key: Array, case: Case) -> tuple[Array, ...]:
@@ -112,6 +115,13 @@ def xla_unpack(x: Array, *weight: Array) -> Array:
     return jnp.dot(x, xla_dequantize(x.dtype, *weight))
 
 
+def gradient(dy: Array, *weight: Array) -> Array:
+    """The gradient of x that belongs to one of the result."""
+    k = weight[0].shape[0]
+    x = jax.ShapeDtypeStruct((dy.shape[0], k), dy.dtype)
+    return jax.linear_transpose(lambda x: jax_awq.awq_gemm(x, *weight), x)(dy)[0]
+
+
 def read(x: Array, *weight: Array, launch: int) -> Array:
     """Streams the arrays of a weight through the device, for a benchmark only."""
     words = jax.ShapeDtypeStruct((1, 1), jnp.uint32)
@@ -138,6 +148,16 @@ IMPLS: dict[str, dict[str, Impl]] = {
             jnp.dot, _dense, lambda c: c.dense_bytes, lambda c: c.dense_bytes + c.activation_bytes
         ),
         "xla_unpack": Impl(xla_unpack, _packed, lambda c: c.packed_bytes, _packed_gemm),
+        "jax_awq_dx": Impl(
+            gradient, _packed, lambda c: c.packed_bytes, _packed_gemm, transposed=True
+        ),
+        "xla_dense_dx": Impl(
+            lambda dy, w: jnp.dot(dy, w.T),
+            _dense,
+            lambda c: c.dense_bytes,
+            lambda c: c.dense_bytes + c.activation_bytes,
+            transposed=True,
+        ),
         "read": Impl(
             read,
             _packed,

@@ -81,7 +81,7 @@ def _time(
     # At least two, or XLA would remove the loop; more for short calls, to hide the start of it.
     iterations = min(32, max(2, math.ceil(1000 / (calls * max(floor, flops_us, 3)))))
     keys = jax.random.split(jax.random.key(1), calls // len(data))
-    operands = [make_x(key, case) for key in keys], data
+    operands = [make_x(key, IMPLS[op][impl], case) for key in keys], data
 
     def seconds_of(call: Callable[..., Any]) -> float:
         program = jax.jit(chained_loop(call, iterations)).lower(*operands).compile()
