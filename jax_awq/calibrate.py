@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jax_awq._checks import FLOATS, check_choice, check_dtype
-from jax_awq.ops._activation import LARGEST_CODE, scale_of
+from jax_awq.ops._activation import LARGEST_CODE, absmax_of, scale_of
 
 # Bins of magnitudes: 2**_BIN_BITS to an octave, from 2**_FIRST_OCTAVE (float16's least) up to
 # 2**_LAST_OCTAVE (its largest). The bits of a float32 above its last mantissa bits are its bin.
@@ -56,21 +56,23 @@ class ActivationRange:
                 f"ActivationRange.update: x must have shape (..., {want}), got {x.shape}"
             )
         x = jnp.abs(x.astype(jnp.float32)).reshape(-1, x.shape[-1])
-        seen = x.max(axis=0 if self.absmax.ndim else None, initial=0)
+        seen = absmax_of(x, axis=0 if self.absmax.ndim else None)
         counts = self.counts
         if counts is not None:
             bins = (lax.bitcast_convert_type(x, jnp.int32) >> _SHIFT) - _FIRST_BIN
             bins = jnp.clip(bins, 0, _BINS - 1)
             at = (jnp.arange(x.shape[-1]), bins) if self.absmax.ndim else (bins,)
             counts = counts.at[at].add(1)
-        return ActivationRange(jnp.maximum(self.absmax, seen), counts, self.tokens + x.shape[0])
+        return ActivationRange(
+            absmax_of(jnp.stack([self.absmax, seen]), axis=0), counts, self.tokens + x.shape[0]
+        )
 
     def merge(self, other: "ActivationRange") -> "ActivationRange":
         """Of both together, as from two devices."""
         counts = None
         if self.counts is not None and other.counts is not None:
             counts = self.counts + other.counts
-        absmax = jnp.maximum(self.absmax, other.absmax)
+        absmax = absmax_of(jnp.stack([self.absmax, other.absmax]), axis=0)
         return ActivationRange(absmax, counts, self.tokens + other.tokens)
 
     def magnitude(self, percentile: float = 100.0) -> Array:

@@ -11,6 +11,7 @@ from jax_awq._checks import FLOATS, check_choice, check_dtype, check_shape
 from jax_awq._pytree import pytree
 from jax_awq.ops._activation import (
     QuantizedActivation,
+    absmax_of,
     codes_of,
     pack_codes,
     packed_size,
@@ -51,7 +52,7 @@ class _Weight:
             raise ValueError(
                 f"{cls.__name__}.from_float: w must have shape (..., K, N), got {w.shape}"
             )
-        scale = scale_of(jnp.max(jnp.abs(w), axis=-2, initial=0), cls._bits)
+        scale = scale_of(absmax_of(jnp.asarray(w), axis=-2), cls._bits)
         codes = codes_of(w, scale[..., None, :], cls._bits)
         return pack_codes(codes, cls._bits, axis=-2), scale
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from jax_awq._checks import check_choice, check_dtype, check_shape
 from jax_awq._pytree import pytree
@@ -77,6 +77,17 @@ class QuantizedActivation:
     @property
     def ndim(self) -> int:
         return len(self.q.shape)
+
+
+def absmax_of(x: Any, axis: int | None = None) -> Array:
+    """The largest magnitude; NaN where there is one, else infinity where there is one.
+
+    Magnitudes are compared as integers, which orders floats, infinity and NaN alike: XLA's maximum
+    of floats loses NaN on a CPU, for some shapes.
+    """
+    bits = {2: jnp.int16, 4: jnp.int32}[x.dtype.itemsize]
+    magnitudes = lax.bitcast_convert_type(x, bits) & jnp.iinfo(bits).max
+    return lax.bitcast_convert_type(jnp.max(magnitudes, axis=axis, initial=0), x.dtype)
 
 
 def scale_of(absmax: Any, bits: int) -> Array:

@@ -87,8 +87,7 @@ def _quantize_activation(x, scale, *, bits, granularity, group_size, variant):
         raise ValueError(f"{op}: group_size must be -1 or a divisor of K={k}, got {group_size}")
     if granularity == "tensor" and scale is None:
         # XLA's own reduction, which also knows how to reduce over devices.
-        absmax = jnp.max(jnp.abs(lax.stop_gradient(x)), initial=0)
-        scale = _activation.scale_of(absmax, bits)
+        scale = _activation.scale_of(_activation.absmax_of(lax.stop_gradient(x)), bits)
     if scale is not None:
         check_dtype(op, "scale", scale, *FLOATS)
         check_shape(op, "scale", scale, (k,) if granularity == "channel" else ())
@@ -127,8 +126,7 @@ def _out_avals(x, *scale, bits, group_size, variant):
 def _reference(x, *scale, bits, group_size, variant):
     results = []
     if not scale:
-        absmax = jnp.max(jnp.abs(x), axis=-1, initial=0)
-        results = [_activation.scale_of(absmax, bits)]
+        results = [_activation.scale_of(_activation.absmax_of(x, axis=-1), bits)]
         scale = (results[0][..., None],)
     codes = _activation.codes_of(x, scale[0], bits)
     if group_size:

@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_awq import (
+    Int8Weight,
     QuantizedActivation,
     _ffi,
     dequantize_activation,
@@ -113,6 +114,19 @@ def test_rows_that_are_zero_or_not_finite(dtype, bits):
     one = quantize_activation(x.astype(dtype), bits=bits, granularity="tensor")
     assert np.isnan(one.scale)
     assert not np.asarray(one.q).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)
+@pytest.mark.parametrize("shape", [(1030, 5), (9, 64), (3, 1000)])
+def test_every_nan_is_seen(rng, shape, dtype):
+    """XLA's maximum of floats loses some on a CPU."""
+    x = rng.standard_normal(shape).astype(np.float32)
+    at = rng.integers(shape[1], size=shape[0])
+    x[np.arange(shape[0]), at] = NAN
+    assert np.isnan(quantize_activation(x.astype(dtype)).scale).all()
+    x[1:] = 1
+    assert np.isnan(quantize_activation(x.astype(dtype), granularity="tensor").scale)
+    assert np.isnan(Int8Weight.from_float(x.astype(dtype)).scale[at[0]])
 
 
 def test_given_scales_saturate():
