@@ -65,6 +65,11 @@ class _Weight:
     def ndim(self) -> int:
         return len(self.q.shape)
 
+    @property
+    def dtype(self):
+        """Dtype of the scale."""
+        return self.scale.dtype
+
     def dequantize(self, dtype: Any = jnp.float32) -> Array:
         """The (K, N) weight: ``q * scale`` in float32, converted to `dtype`."""
         check_dtype(f"{type(self).__name__}.dequantize", "dtype", jnp.zeros((), dtype), *FLOATS)

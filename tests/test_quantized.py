@@ -10,6 +10,7 @@ from jax import export
 
 import jax_awq
 from jax_awq import Int4Weight, Int8Weight, QuantizedLinear
+from jax_awq.ops._activation import unpack_codes
 from jax_awq.testing import quantize_activation_numpy, unpack_bytes
 
 needs_matmul = pytest.mark.skipif(
@@ -129,3 +130,46 @@ def test_linear(rng, bits, given):
         assert (y.shape, y.dtype) == ((2, 3, 16), np.float16)
         np.testing.assert_allclose(np.asarray(y, np.float64), exact, rtol=2e-3, atol=2e-3)
     assert linear(x, out_dtype=jnp.float32).dtype == np.float32
+
+
+@pytest.fixture
+def matmuls(monkeypatch):
+    """Stand in for the products of codes, whose own tests are theirs."""
+
+    def product(a, b, scale_a, scale_b, *, scale_c=None, bias=None, activation, out_dtype):
+        y = (a.astype(jnp.float32) @ b.astype(jnp.float32)) * scale_a[..., None] * scale_b
+        y = y if bias is None else y + bias
+        return {None: y, "relu": jnp.maximum(y, 0)}[activation].astype(out_dtype)
+
+    def packed(a, b, *rest, k, **options):
+        return product(unpack_codes(a, 4, k), unpack_codes(b, 4, k, axis=-2), *rest, **options)
+
+    monkeypatch.setattr(jax_awq, "int8_matmul", product, raising=False)
+    monkeypatch.setattr(jax_awq, "int4_matmul", packed, raising=False)
+
+
+@pytest.mark.usefixtures("matmuls")
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("framework", ["flax", "equinox"])
+def test_layers_take_these_weights(rng, framework, bits):
+    layers = pytest.importorskip(f"jax_awq.{framework}")
+    w = rng.standard_normal((15, 8)).astype(np.float32)
+    bias = rng.standard_normal(8).astype(np.float32)
+    x = rng.standard_normal((3, 15)).astype(np.float16)
+    weight = CLASSES[bits].from_float(w)
+    want = QuantizedLinear(weight, bias)(x)
+    assert np.abs(np.asarray(want, np.float32) - (x @ w + bias)).max() < {8: 0.2, 4: 3}[bits]
+    if framework == "flax":
+        from flax import nnx
+
+        model = nnx.Dict(up=nnx.Linear(15, 8, rngs=nnx.Rngs(0)))
+        model = layers.replace_linears(model, {"up": weight, "up.bias": bias})
+        got = model.up(x)
+    else:
+        import equinox as eqx
+
+        model = {"up": eqx.nn.Linear(15, 8, key=jax.random.key(0))}
+        model = layers.replace_linears(model, {"up": weight, "up.bias": bias})
+        got = jax.vmap(model["up"])(x)
+        assert layers.is_awq_weight(model["up"].weight)
+    np.testing.assert_array_equal(got, want)
