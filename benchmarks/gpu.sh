@@ -2,7 +2,7 @@
 # What is run on a machine with a GPU. Its results are files in OUT; the installation goes to
 # build/gpu, not into the environment.
 #
-#     benchmarks/gpu.sh OUT [build | WHEEL.whl] [test] [sanitize] [bench] [shapes] [ptx]
+#     benchmarks/gpu.sh OUT [build | WHEEL.whl] [test] [sanitize] [bench] [shapes] [quantize] [ptx]
 #
 #   build     builds and installs the kernels for the GPU of this machine
 #   WHEEL     installs that wheel
@@ -10,6 +10,7 @@
 #   sanitize  sanitizers.json: compute-sanitizer with each of its tools
 #   bench     awq_gemm.json, awq_dequantize.json, decode.json, generate.json
 #   shapes    adds other weights and group sizes to awq_gemm.json, which is in OUT
+#   quantize  quantize_activation.json
 #   ptx       gpu_tests_ptx75.json, gpu_tests_ptx80.json: the kernels of older GPUs, as PTX alone
 #
 # SITE=<folder with jax_awq and its extension> takes another installation, WORKERS=<n> as many
@@ -17,7 +18,7 @@
 set -uo pipefail
 
 if [ $# -lt 2 ]; then
-  sed -n '2,16s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,17s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
 mkdir -p "$1"
@@ -99,6 +100,9 @@ for word in "$@"; do
           more --dtypes float16 --impls jax_awq read --m 1 16 64 256 1024 \
             --shapes 4096x4096 8192x28672 --group-size $group || exit
         done
+      ;;
+    quantize)
+      python3 -m jax_awq.bench quantize_activation --dtypes float16 --json "$OUT/quantize_activation.json"
       ;;
     ptx)
       for arch in 75 80; do

@@ -16,7 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_awq
-from jax_awq.testing import assert_close, dequantize_float64, random_problem, random_weight
+from jax_awq.testing import (
+    assert_close,
+    dequantize_float64,
+    quantize_activation_numpy,
+    random_problem,
+    random_weight,
+)
 
 # M, K, N, group_size, dtype, layout, split_k_iters: 3 can be a cluster, 9 never is one.
 PRODUCTS = (
@@ -93,6 +99,21 @@ def main() -> int:
                 np.asarray(jax_awq.awq_dequantize(weight, dtype=dtype)),
                 dequantize_float64(weight).astype(dtype),
             )
+    for m, k, group_size in ((3, 31, None), (5, 320, 64), (3, 2056, -1), (2, 70000, None)):
+        x = jnp.asarray(rng.standard_normal((m, k)), jnp.float16)
+        for bits in (8, 4):
+            for granularity, scale in (("token", None), ("tensor", 0.02)):
+                qa = jax_awq.quantize_activation(
+                    x, bits=bits, granularity=granularity, scale=scale, group_size=group_size
+                )
+                codes, wide = quantize_activation_numpy(x, bits=bits, scale=scale)
+                np.testing.assert_array_equal(
+                    np.asarray(jax_awq.dequantize_activation(qa)), codes.astype(np.float32) * wide
+                )
+                if group_size:
+                    np.testing.assert_array_equal(
+                        qa.group_sums.sum(1), codes.sum(1, dtype=np.int32)
+                    )
     print("products by variant:", ", ".join(f"{v} {count}" for v, count in ran.items()))
     return 0 if ran and all(ran.values()) else 1
 

@@ -5,8 +5,13 @@ from typing import TYPE_CHECKING, Any
 from jax_awq._ffi import build_info
 from jax_awq._packing import pack_int4, unpack_int4
 from jax_awq._plan import KernelPlan, plan
+from jax_awq.calibrate import ActivationRange, calibrate_activation
+from jax_awq.ops._activation import QuantizedActivation
 from jax_awq.ops.awq_dequantize import awq_dequantize
 from jax_awq.ops.awq_gemm import awq_gemm
+from jax_awq.ops.dequantize_activation import dequantize_activation
+from jax_awq.ops.quantize_activation import quantize_activation
+from jax_awq.quantized import Int4Weight, Int8Weight, QuantizedLinear
 from jax_awq.weights import AWQWeight, PermutedWeight, convert
 
 if TYPE_CHECKING:
@@ -14,15 +19,23 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AWQWeight",
+    "ActivationRange",
+    "Int4Weight",
+    "Int8Weight",
     "KernelPlan",
     "PermutedWeight",
+    "QuantizedActivation",
+    "QuantizedLinear",
     "awq_dequantize",
     "awq_gemm",
     "build_info",
+    "calibrate_activation",
     "convert",
+    "dequantize_activation",
     "load_hf",
     "pack_int4",
     "plan",
+    "quantize_activation",
     "save_hf",
     "unpack_int4",
 ]

@@ -4,6 +4,7 @@ import functools
 import importlib
 import importlib.metadata
 import warnings
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -99,4 +100,11 @@ def call(
     results = [result]
     if workspace_bytes is not None:
         results.append(jax.ShapeDtypeStruct((max(workspace_bytes, _MIN_WORKSPACE),), jnp.uint8))
-    return jax.ffi.ffi_call(f"jax_awq.{op}", results)(*operands, **attributes)[0]
+    return call_all(op, results, *operands, **attributes)[0]
+
+
+def call_all(
+    op: str, results: Sequence[jax.ShapeDtypeStruct], *operands: Any, **attributes: Any
+) -> Sequence[jax.Array]:
+    """Calls the FFI target of `op`, which has several results."""
+    return jax.ffi.ffi_call(f"jax_awq.{op}", results)(*operands, **attributes)

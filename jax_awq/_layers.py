@@ -3,9 +3,16 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from jax import Array
+
 from jax_awq._checks import FLOATS, check_choice, check_dtype, check_shape
 from jax_awq.ops._epilogue import ACTIVATIONS
+from jax_awq.ops.awq_gemm import awq_gemm
+from jax_awq.quantized import Int4Weight, Int8Weight, QuantizedLinear
 from jax_awq.weights import WEIGHTS, AWQWeight, PermutedWeight
+
+LAYER_WEIGHTS = (*WEIGHTS, Int8Weight, Int4Weight)
+LayerWeight = AWQWeight | PermutedWeight | Int8Weight | Int4Weight
 
 _SHOWN = 8  # linears of a model in a message
 
@@ -21,9 +28,10 @@ class Linear(NamedTuple):
 
 
 def check_layer(op: str, weight: Any, bias: Any, activation: str | None) -> None:
-    if not isinstance(weight, WEIGHTS):
+    if not isinstance(weight, LAYER_WEIGHTS):
         raise TypeError(
-            f"{op}: weight must be an AWQWeight or a PermutedWeight, got {type(weight).__name__}"
+            f"{op}: weight must be an AWQWeight or a PermutedWeight, an Int8Weight or an "
+            f"Int4Weight, got {type(weight).__name__}"
         )
     if bias is not None:
         check_dtype(op, "bias", bias, *FLOATS)
@@ -31,16 +39,25 @@ def check_layer(op: str, weight: Any, bias: Any, activation: str | None) -> None
     check_choice(op, "activation", activation, (None, *sorted(set(ACTIVATIONS) - {"none"})))
 
 
+def multiply(
+    x: Any, weight: Any, bias: Any, *, activation: str | None, out_dtype: Any = None
+) -> Array:
+    """``activation(x @ weight + bias)``; x is rounded to int8 or int4 for a weight of these."""
+    if isinstance(weight, WEIGHTS):
+        return awq_gemm(x, weight, bias=bias, activation=activation, out_dtype=out_dtype)
+    return QuantizedLinear(weight, bias, activation=activation)(x, out_dtype=out_dtype)
+
+
 def match_weights(
     linears: Mapping[str, Linear], weights: Mapping[str, Any], predicate: Predicate | None
-) -> dict[str, tuple[AWQWeight | PermutedWeight, Any]]:
+) -> dict[str, tuple[LayerWeight, Any]]:
     """{path: (weight, bias or None)} of the linears to replace.
 
     Raises:
       ValueError: a weight or a linear without its counterpart, or of another shape; every one is
         named.
     """
-    quantized = {path: w for path, w in weights.items() if isinstance(w, WEIGHTS)}
+    quantized = {path: w for path, w in weights.items() if isinstance(w, LAYER_WEIGHTS)}
     unmatched = [path for path in quantized if path not in linears]
     problems = [f"{path} is unused: the model has no linear of that path" for path in unmatched]
     if unmatched:

@@ -184,8 +184,8 @@ def _partitioned(op, run, params, *operands):
     sharding = op.sharding(*operands, **params)
     ins, outs = _parse(sharding.rule)
     # Shardy wants the factors in order of appearance, and no size of one that is a dimension.
-    order = dict.fromkeys(f for dims in ins for dim in dims for f in dim)
-    alone = {dim[0] for dims in ins for dim in dims if len(dim) == 1}
+    order = dict.fromkeys(f for dims in ins + outs for dim in dims for f in dim)
+    alone = {dim[0] for dims in ins + outs for dim in dims if len(dim) == 1}
     sizes = {f: size for f, size in sharding.whole.items() if f not in alone}
     for dims, operand in zip(ins, operands, strict=True):
         for (lead, *rest), extent in zip(dims, operand.shape, strict=True):

@@ -7,9 +7,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jax_awq._layers import Linear, Predicate, check_layer, match_weights
-from jax_awq.ops.awq_gemm import awq_gemm
-from jax_awq.weights import WEIGHTS, AWQWeight, PermutedWeight
+from jax_awq._layers import (
+    LAYER_WEIGHTS,
+    LayerWeight,
+    Linear,
+    Predicate,
+    check_layer,
+    match_weights,
+    multiply,
+)
 
 try:
     import equinox as eqx
@@ -29,7 +35,8 @@ class AWQLinear(eqx.Module):
 
     Args:
       weight: `AWQWeight` or `PermutedWeight` (K, N), or stacked (E, K, N) for `eqx.filter_vmap`
-        and `jax.lax.scan`.
+        and `jax.lax.scan`; `Int8Weight` or `Int4Weight`, by which `x` is rounded as in
+        `QuantizedLinear`, without a gradient.
       bias: ``(N,)`` or ``(E, N)`` float, or None.
       activation: None, "relu", "gelu", "gelu_tanh" or "silu", inside the kernel.
 
@@ -40,10 +47,10 @@ class AWQLinear(eqx.Module):
 
     Raises:
       ValueError: the shape of `bias`, or an unknown `activation`.
-      TypeError: `weight` is neither of the two, or `bias` not float.
+      TypeError: `weight` is none of these, or `bias` not float.
     """
 
-    weight: AWQWeight | PermutedWeight
+    weight: LayerWeight
     bias: Array | None
     in_features: int = eqx.field(static=True)
     out_features: int = eqx.field(static=True)
@@ -52,7 +59,7 @@ class AWQLinear(eqx.Module):
 
     def __init__(
         self,
-        weight: AWQWeight | PermutedWeight,
+        weight: LayerWeight,
         bias: Any = None,
         *,
         activation: str | None = None,
@@ -75,21 +82,21 @@ class AWQLinear(eqx.Module):
                 f"AWQLinear: x must have shape ({self.in_features},), got {jnp.shape(x)}; "
                 "jax.vmap the layer over other axes"
             )
-        return awq_gemm(x, self.weight, bias=self.bias, activation=self.activation)
+        return multiply(x, self.weight, self.bias, activation=self.activation)
 
 
 def is_awq_weight(node: Any) -> bool:
-    """Whether a node of a model is an `AWQWeight` or a `PermutedWeight`.
+    """Whether a node of a model is a weight that an `AWQLinear` takes.
 
     As `is_leaf` it keeps weights whole, so that a filter of arrays freezes them, scales and all:
     ``eqx.partition(model, eqx.is_inexact_array, is_leaf=is_awq_weight)``.
     """
-    return isinstance(node, WEIGHTS)
+    return isinstance(node, LAYER_WEIGHTS)
 
 
 def replace_linears(
     model: M,
-    weights: Mapping[str, AWQWeight | PermutedWeight | Array],
+    weights: Mapping[str, LayerWeight | Array],
     predicate: Predicate | None = None,
 ) -> M:
     """An Equinox model with `AWQLinear` in place of `eqx.nn.Linear`.

@@ -8,10 +8,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from jax_awq._checks import check_shape
-from jax_awq._layers import Linear, Predicate, check_layer, match_weights
-from jax_awq.ops.awq_gemm import awq_gemm
+from jax_awq._layers import LayerWeight, Linear, Predicate, check_layer, match_weights, multiply
 from jax_awq.quantize.rtn import round_to_nearest
-from jax_awq.weights import AWQWeight, PermutedWeight
+from jax_awq.weights import AWQWeight
 
 try:
     from flax import linen, nnx
@@ -36,7 +35,9 @@ class AWQLinear(nnx.Module):
     the scales never promote it, since the kernels take 16-bit activations.
 
     Args:
-      weight: `AWQWeight` or `PermutedWeight` (K, N), or stacked (E, K, N) for inputs (E, ..., K).
+      weight: `AWQWeight` or `PermutedWeight` (K, N), or stacked (E, K, N) for inputs (E, ..., K);
+        `Int8Weight` or `Int4Weight` (K, N), by which the inputs are rounded as in
+        `QuantizedLinear`, without a gradient.
       bias: ``(N,)`` or ``(E, N)`` float, or None.
       dtype: to which the inputs are cast; None leaves them as they are.
       preferred_element_type: dtype of the result, by default that of the (cast) inputs.
@@ -50,12 +51,12 @@ class AWQLinear(nnx.Module):
 
     Raises:
       ValueError: the shape of `bias`, or an unknown `activation`.
-      TypeError: `weight` is neither of the two, or `bias` not float.
+      TypeError: `weight` is none of these, or `bias` not float.
     """
 
     def __init__(
         self,
-        weight: AWQWeight | PermutedWeight,
+        weight: LayerWeight,
         bias: Any = None,
         *,
         dtype: Any = None,
@@ -74,10 +75,10 @@ class AWQLinear(nnx.Module):
 
     def __call__(self, inputs: Any, out_sharding: Any = None) -> Array:
         """``(..., K)`` to ``(..., N)``, in `out_sharding` where it is given."""
-        y = awq_gemm(
+        y = multiply(
             jnp.asarray(inputs, self.dtype),
             self.kernel.get_value(),
-            bias=None if self.bias is None else self.bias.get_value(),
+            None if self.bias is None else self.bias.get_value(),
             activation=self.activation,
             out_dtype=self.preferred_element_type,
         )
@@ -132,12 +133,12 @@ class AWQDense(linen.Module):
             bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
         check_layer("AWQDense", kernel, bias, self.activation)
         check_shape("AWQDense", "kernel", kernel, size)
-        return awq_gemm(inputs, kernel, bias=bias, activation=self.activation)
+        return multiply(inputs, kernel, bias, activation=self.activation)
 
 
 def replace_linears(
     model: M,
-    weights: Mapping[str, AWQWeight | PermutedWeight | Array],
+    weights: Mapping[str, LayerWeight | Array],
     predicate: Predicate | None = None,
 ) -> M:
     """An NNX model with `AWQLinear` in place of `nnx.Linear`.

@@ -169,6 +169,40 @@ def dequantize_float64(weight: AWQWeight) -> np.ndarray:
     return (codes - np.repeat(zeros, group_size, -2)) * np.repeat(scales, group_size, -2)
 
 
+def quantize_activation_numpy(
+    x: Any, *, bits: int = 8, scale: Any = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Codes (..., K) and scales of activations, from the definitions in the docstrings.
+
+    Args:
+      scale: float32, with an axis for K, or of a single value; None for one a row.
+    """
+    x = np.asarray(x).astype(np.float32)
+    largest, one = {8: 127, 4: 7}[bits], np.float32(1)
+    with np.errstate(all="ignore"):
+        if scale is None:
+            absmax = np.abs(x).max(axis=-1, initial=0, keepdims=True)
+            scale = absmax * (one / np.float32(largest))
+            scale[scale < 2.0**-100] = 0
+        wide = np.asarray(scale, np.float32)
+        inverse = np.where((wide >= 2.0**-100) & (wide <= 2.0**125), one / wide, 0)
+        steps = np.nan_to_num(x * inverse.astype(np.float32), nan=0, posinf=999, neginf=-999)
+    codes = np.rint(np.clip(steps, -largest, largest)).astype(np.int8)
+    return codes, wide
+
+
+def unpack_bytes(q: Any, bits: int, k: int) -> np.ndarray:
+    """Codes (..., K) of 8 bits, or of 4 packed two a byte, byte by byte."""
+    q = np.asarray(q)
+    if bits == 8:
+        return q
+    codes = np.empty((*q.shape[:-1], k), np.int8)
+    for i in range(k):
+        nibble = (q[..., i // 2].view(np.uint8) >> (i % 2 * 4)) & 15
+        codes[..., i] = (nibble.astype(np.int16) ^ 8) - 8
+    return codes
+
+
 def assert_close_to_float64(y: Any, problem: Problem) -> None:
     """Asserts that `y`, from any device, solves `problem` within the tolerance of this module."""
     assert_close(y, problem.float64(), problem.reference())

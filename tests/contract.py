@@ -8,8 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_awq import AWQWeight, awq_dequantize, awq_gemm
-from jax_awq.testing import Problem, dequantize_float64, random_problem
+from jax_awq import (
+    AWQWeight,
+    QuantizedActivation,
+    awq_dequantize,
+    awq_gemm,
+    dequantize_activation,
+    quantize_activation,
+)
+from jax_awq.testing import (
+    Problem,
+    dequantize_float64,
+    quantize_activation_numpy,
+    random_problem,
+    unpack_bytes,
+)
 
 K, N, M, E = 64, 16, 3, 2  # E: length of every mapped axis
 
@@ -145,6 +158,66 @@ def _dequantize(seed: int, *, dtype: Any = None, **options: Any) -> Case:
     return Case("awq_dequantize", fn, exact, dense, operands, (1,))
 
 
+def _quantize_activation(
+    seed: int, *, dtype: Any, bits: int = 8, granularity: str = "token", k: int = K
+) -> Case:
+    """Quantized and dequantized: codes alone are no floats to differentiate."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((M, k)).astype(np.float32).astype(dtype)
+    scales = {
+        "token": (),
+        "channel": (rng.uniform(0.01, 0.1, k).astype(np.float32),),
+        "tensor": (np.asarray(0.05, np.float32),),
+    }[granularity]
+
+    def fn(x, *scale):
+        qa = quantize_activation(
+            x, bits=bits, granularity=granularity, scale=scale[0] if scale else None
+        )
+        return dequantize_activation(qa, dtype)
+
+    def exact(x, *scale):
+        codes, scale = quantize_activation_numpy(x, bits=bits, scale=scale[0] if scale else None)
+        return codes * scale.astype(np.float64)
+
+    def dense(x, *scale):
+        largest, x = {8: 127, 4: 7}[bits], jax.lax.stop_gradient(x)
+        wide = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+        scale = scale[0] if scale else jnp.abs(wide).max(-1, keepdims=True) / largest
+        codes = jnp.clip(jnp.round(wide / jax.lax.stop_gradient(scale)), -largest, largest)
+        return (codes * scale).astype(wide.dtype if wide.dtype == jnp.float64 else dtype)
+
+    return Case(
+        "quantize_activation", fn, exact, dense, (x, *scales), tuple(range(1 + len(scales)))
+    )
+
+
+def _dequantize_activation(
+    seed: int, *, dtype: Any, bits: int = 8, granularity: str = "token", k: int = K
+) -> Case:
+    rng = np.random.default_rng(seed)
+    columns = k if bits == 8 else (k + 1) // 2
+    q = rng.integers(-127, 128, (M, columns)).astype(np.int8)
+    shape = {"token": (M,), "channel": (k,), "tensor": ()}[granularity]
+    scale = rng.uniform(0.01, 0.1, shape).astype(np.float32)
+
+    def wide(scale):
+        return scale[..., None] if granularity == "token" else scale
+
+    def fn(q, scale):
+        qa = QuantizedActivation(q, scale, bits=bits, granularity=granularity, k=k)
+        return dequantize_activation(qa, dtype)
+
+    def exact(q, scale):
+        return unpack_bytes(q, bits, k) * np.asarray(wide(scale), np.float64)
+
+    def dense(scale):
+        codes = unpack_bytes(q, bits, k).astype(scale.dtype)
+        return (codes * wide(scale)).astype(scale.dtype if scale.dtype == jnp.float64 else dtype)
+
+    return Case("dequantize_activation", fn, exact, dense, (q, np.asarray(scale)), (1,))
+
+
 CASES = {
     "gemm": _gemm(0),
     "gemm-symmetric": _gemm(1, symmetric=True),
@@ -155,4 +228,18 @@ CASES = {
     "dequantize": _dequantize(6),
     "dequantize-symmetric": _dequantize(7, symmetric=True, layout="oc_major"),
     "dequantize-gemv-f32": _dequantize(8, layout="gemv", dtype=jnp.float32),
+    "quantize_activation": _quantize_activation(9, dtype=np.float16),
+    "quantize_activation-int4-tensor": _quantize_activation(
+        10, dtype=jnp.bfloat16, bits=4, granularity="tensor"
+    ),
+    "quantize_activation-int4-odd-channel": _quantize_activation(
+        11, dtype=np.float32, bits=4, granularity="channel", k=K - 1
+    ),
+    "dequantize_activation": _dequantize_activation(12, dtype=np.float16),
+    "dequantize_activation-int4-tensor": _dequantize_activation(
+        13, dtype=np.float32, bits=4, granularity="tensor"
+    ),
+    "dequantize_activation-int4-odd-channel": _dequantize_activation(
+        14, dtype=jnp.bfloat16, bits=4, granularity="channel", k=K - 1
+    ),
 }

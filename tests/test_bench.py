@@ -16,6 +16,7 @@ from jax_awq import problems
 from jax_awq.bench import __main__ as bench
 from jax_awq.bench import impls, plot, report, run, timing
 from jax_awq.bench.__main__ import main
+from jax_awq.testing import quantize_activation_numpy, unpack_bytes
 
 CASE = impls.Case(m=4, k=256, n=128, group_size=128, dtype="float16")
 ROW = {
@@ -38,7 +39,7 @@ GEMM = {name: impl for name, impl in impls.IMPLS["awq_gemm"].items() if name != 
 def program(name, *, iterations, copies=3):
     weights = impls.weights(GEMM[name], CASE, copies)
     keys = jax.random.split(jax.random.key(1), timing.calls_for(copies) // copies)
-    xs = [impls.make_x(key, CASE) for key in keys]
+    xs = [impls.make_x(key, GEMM[name], CASE) for key in keys]
     return timing.chained_loop(GEMM[name].run, iterations), xs, weights
 
 
@@ -76,7 +77,7 @@ def test_our_op_is_one_custom_call_each():
 
 
 def test_implementations_agree():
-    x = impls.make_x(jax.random.key(2), CASE)
+    x = impls.make_x(jax.random.key(2), GEMM["jax_awq"], CASE)
     (packed,) = impls.weights(GEMM["jax_awq"], CASE, 1)
     dense, unpacked = (
         np.asarray(impls.IMPLS["awq_dequantize"][name].run(x, *packed))
@@ -256,3 +257,23 @@ def test_plot_of_the_committed_results(tmp_path):
     for word in ("jax_awq", "xla_unpack", "marlin", "K = 8192, N = 28672", "a note"):
         assert word in text
         assert word in (results / "efficiency.svg").read_text() or word == "a note"
+
+
+def test_quantize_activation(tmp_path):
+    """Every M has activations of its own, and all of an implementation's results are waited for."""
+    file = tmp_path / "quantize.json"
+    command = ["quantize_activation", "--shapes", "256", "--m", "8", "16", "--repeats", "1"]
+    assert main([*command, "--min-weight-mb", "0", "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert {(row["impl"], row["M"]) for row in rows} == {
+        (name, m) for name in impls.IMPLS["quantize_activation"] for m in (8, 16)
+    }
+    case = impls.Case(m=128, k=256, n=0, group_size=0, dtype="float16")
+    for name, impl in impls.IMPLS["quantize_activation"].items():
+        ((a,),) = impls.weights(impl, case, 1)
+        assert a.nbytes == pytest.approx(impl.weight_bytes(case), rel=0.02)
+        if name != "copy":
+            codes, _ = quantize_activation_numpy(a, bits=4 if name == "jax_awq_int4" else 8)
+            result = impl.run(None, a)
+            got = result[0] if name == "xla" else unpack_bytes(result.q, result.bits, 256)
+            assert (got != codes).sum() <= 2  # XLA divides, which moves a tie

@@ -2,6 +2,7 @@
 
 python -m jax_awq.bench awq_gemm --json OUT.json
 python -m jax_awq.bench awq_dequantize --json OUT.json
+python -m jax_awq.bench quantize_activation --json OUT.json
 python -m jax_awq.bench decode --json OUT.json
 python -m jax_awq.bench generate --json OUT.json
 python -m jax_awq.bench table OUT.json
@@ -82,7 +83,7 @@ def kept(file: Path, top: dict[str, Any]) -> list[report.Row]:
             raise SystemExit(f"--merge: {file} has {name} {old[name]!r}, here it is {top[name]!r}")
     if old["build_info"] == top["build_info"]:
         return old["rows"]
-    return [row for row in old["rows"] if row["impl"] != "jax_awq"]
+    return [row for row in old["rows"] if not row["impl"].startswith("jax_awq")]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -94,21 +95,28 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     for op, impls in IMPLS.items():
         bench = commands.add_parser(op, help=f"time {op} and what it replaces")
+        activations = op == "quantize_activation"
         bench.add_argument(
             "--shapes",
             nargs="+",
-            type=_problem,
-            metavar="KxN or model/linear",
-            default=[PROBLEMS[name] for name in BENCH_PROBLEMS],
+            type=_width if activations else _problem,
+            metavar="K" if activations else "KxN or model/linear",
+            default=[Problem(k, 0) for k in (4096, 8192, 14336, 28672)]
+            if activations
+            else [PROBLEMS[name] for name in BENCH_PROBLEMS],
         )
-        if op == "awq_gemm":
-            bench.add_argument("--m", nargs="+", type=int, default=BENCH_ROWS, help="rows of x")
-        else:
+        if op == "awq_dequantize":
             bench.set_defaults(m=[0])
+        else:
+            rows = [1024, 4096, 16384] if activations else BENCH_ROWS
+            bench.add_argument("--m", nargs="+", type=int, default=rows, help="rows of x")
         dtypes = ["float16", "bfloat16"]
         bench.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=dtypes)
         bench.add_argument("--impls", nargs="+", choices=list(impls), help="default: all")
-        bench.add_argument("--group-size", type=int, default=128)
+        if activations:
+            bench.set_defaults(group_size=0)
+        else:
+            bench.add_argument("--group-size", type=int, default=128)
         bench.add_argument("--repeats", type=int, default=7)
         bench.add_argument(
             "--min-weight-mb",
@@ -149,6 +157,10 @@ def _parser() -> argparse.ArgumentParser:
         default=[PROBLEMS[name] for name in BENCH_PROBLEMS[:4]],
     )
     return parser
+
+
+def _width(text: str) -> Problem:
+    return Problem(int(text), 0)
 
 
 def _problem(text: str) -> Problem:

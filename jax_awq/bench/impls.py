@@ -1,6 +1,7 @@
 """What is compared: our ops, and what a JAX user would write without them."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -52,15 +53,17 @@ class Impl:
         counts; 1 where there is no choice and no keyword.
       takes_x: whether there is a row for every M, or one with M = 0.
       transposed: whether x is what the result of the others is, (M, N).
+      of_rows: whether the "weight" is what has M rows, and x is only there to be waited for.
     """
 
-    run: Callable[..., Array]
+    run: Callable[..., Any]
     make_weight: Callable[[Array, Case], tuple[Array, ...]]
     weight_bytes: Callable[[Case], int]
     moved_bytes: Callable[[Case], int]
     launches: int = 1
     takes_x: bool = True
     transposed: bool = False
+    of_rows: bool = False
 
 
 def make_x(key: Array, impl: Impl, case: Case) -> Array:
@@ -140,6 +143,34 @@ def _unpacked(case: Case) -> int:
     return case.packed_bytes + case.dense_bytes
 
 
+def _activations(key: Array, case: Case) -> tuple[Array, ...]:
+    return (jax.random.normal(key, (case.m, case.k), case.dtype),)
+
+
+def _quantized(case: Case) -> int:
+    """Bytes of x (M, K), of a code for each and of a scale for every row."""
+    return case.m * (case.k * (jnp.dtype(case.dtype).itemsize + 1) + 4)
+
+
+def _copied_activations(key: Array, case: Case) -> tuple[Array, ...]:
+    """An array whose copy, half read and half written, moves as many bytes as quantizing does."""
+    rows = _quantized(case) // 2 // jnp.dtype(case.dtype).itemsize // case.k
+    return (jax.random.normal(key, (rows, case.k), case.dtype),)
+
+
+def xla_quantize(x: Array) -> tuple[Array, Array]:
+    """int8 codes and a scale for every row in plain jnp."""
+    scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True).astype(jnp.float32) / 127
+    return jnp.round(x.astype(jnp.float32) / scale).astype(jnp.int8), scale
+
+
+def _quantize_impl(run: Callable[..., Any], moved: Callable[[Case], int] = _quantized) -> Impl:
+    def x_bytes(case: Case) -> int:
+        return case.m * case.k * jnp.dtype(case.dtype).itemsize
+
+    return Impl(lambda _, a: run(a), _activations, x_bytes, moved, of_rows=True)
+
+
 # By op, then by the name in a row.
 IMPLS: dict[str, dict[str, Impl]] = {
     "awq_gemm": {
@@ -179,6 +210,25 @@ IMPLS: dict[str, dict[str, Impl]] = {
             lambda x, *w: xla_dequantize(x.dtype, *w), _packed, lambda c: c.packed_bytes, _unpacked
         ),
     },
+    "quantize_activation": {
+        "jax_awq": _quantize_impl(jax_awq.quantize_activation),
+        "jax_awq_g128": _quantize_impl(
+            functools.partial(jax_awq.quantize_activation, group_size=128),
+            lambda c: _quantized(c) + c.m * c.k // 128 * 4,
+        ),
+        "jax_awq_int4": _quantize_impl(
+            functools.partial(jax_awq.quantize_activation, bits=4),
+            lambda c: _quantized(c) - c.m * c.k // 2,
+        ),
+        "copy": Impl(
+            lambda x, a: a + x[0, 0],
+            _copied_activations,
+            lambda c: _quantized(c) // 2,
+            _quantized,
+            of_rows=True,
+        ),
+        "xla": _quantize_impl(xla_quantize),
+    },
 }
 
 
@@ -186,4 +236,5 @@ def weights(impl: Impl, case: Case, copies: int) -> list[tuple[Any, ...]]:
     """Distinct random weights; never zeros, which flatter the power limit of a GPU."""
     make = jax.jit(impl.make_weight, static_argnums=1)
     keys = jax.random.split(jax.random.key(0), copies)
-    return [make(key, dataclasses.replace(case, m=0)) for key in keys]
+    case = case if impl.of_rows else dataclasses.replace(case, m=0)
+    return [make(key, case) for key in keys]

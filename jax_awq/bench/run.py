@@ -1,5 +1,6 @@
 """The benchmark: rows for every weight, dtype, M and implementation of an op."""
 
+import dataclasses
 import functools
 import math
 import sys
@@ -45,25 +46,28 @@ def run(
     """Yields the rows of each weight and dtype when they are there; progress goes to stderr."""
     for problem in problems:
         for dtype in dtypes:
-            results = []
-            for impl in impls:
+            results, shared = [], (group_size, dtype)
+            for name in impls:
+                impl = IMPLS[op][name]
                 # One set of weights serves every M, and is freed before the next.
-                case = Case(0, problem.k, problem.n, group_size, dtype)
-                copies = copies_for(IMPLS[op][impl].weight_bytes(case), min_weight_bytes)
-                # Without an x that tells them apart, two calls need two weights.
-                copies = copies if op == "awq_gemm" else max(copies, MIN_CALLS)
-                data = weights(IMPLS[op][impl], case, copies)
-                for m in rows if IMPLS[op][impl].takes_x else [0]:
-                    case = Case(m, problem.k, problem.n, group_size, dtype)
-                    row = _time(op, impl, case, data, repeats, min_seconds)
-                    results.append(row)
-                    print(
-                        f"{op} K={case.k} N={case.n} M={m} {dtype} {impl}: {row['us']:.2f} us, "
-                        f"{row['us'] / row['floor_us']:.2f} x floor{_kernel(op, impl, case, data)}",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-                del data
+                for some in [[m] for m in rows] if impl.of_rows else [rows]:
+                    case = Case(some[0] if impl.of_rows else 0, problem.k, problem.n, *shared)
+                    copies = copies_for(impl.weight_bytes(case), min_weight_bytes)
+                    # Without an x that tells them apart, two calls need two weights.
+                    copies = copies if op == "awq_gemm" else max(copies, MIN_CALLS)
+                    data = weights(impl, case, copies)
+                    for m in some if impl.takes_x else [0]:
+                        case = dataclasses.replace(case, m=m)
+                        row = _time(op, name, case, data, repeats, min_seconds)
+                        results.append(row)
+                        print(
+                            f"{op} K={case.k} N={case.n} M={m} {dtype} {name}: {row['us']:.2f} us, "
+                            f"{row['us'] / row['floor_us']:.2f} x floor"
+                            f"{_kernel(op, name, case, data)}",
+                            file=sys.stderr,
+                            flush=True,
+                        )
+                    del data
             yield results
 
 
@@ -81,7 +85,8 @@ def _time(
     # At least two, or XLA would remove the loop; more for short calls, to hide the start of it.
     iterations = min(32, max(2, math.ceil(1000 / (calls * max(floor, flops_us, 3)))))
     keys = jax.random.split(jax.random.key(1), calls // len(data))
-    operands = [make_x(key, IMPLS[op][impl], case) for key in keys], data
+    x_case = dataclasses.replace(case, m=1) if IMPLS[op][impl].of_rows else case
+    operands = [make_x(key, IMPLS[op][impl], x_case) for key in keys], data
 
     def seconds_of(call: Callable[..., Any]) -> float:
         program = jax.jit(chained_loop(call, iterations)).lower(*operands).compile()

@@ -37,11 +37,11 @@ def calls_for(copies: int) -> int:
     return copies * math.ceil(MIN_CALLS / copies)
 
 
-def chained_loop(op: Callable[..., Array], iterations: int) -> Callable[..., Array]:
+def chained_loop(op: Callable[..., Any], iterations: int) -> Callable[..., Array]:
     """A function of (xs, weights) that calls `op(x, *weight)` for all pairs, `iterations` times.
 
     Args:
-      op: from x and the arrays of one weight to y.
+      op: from x and the arrays of one weight to y, whose first array is a matrix.
       iterations: fixed, since a loop whose length is not known waits for the host every time.
 
     Returns:
@@ -58,7 +58,7 @@ def chained_loop(op: Callable[..., Array], iterations: int) -> Callable[..., Arr
                 # reorder the calls nor move one, or an unpacked weight, out of the loop.
                 x_now, weight_now, carry = lax.optimization_barrier((x, weight, carry))
                 y, carry = lax.optimization_barrier((op(x_now, *weight_now), carry))
-                seen.append(y[0, 0].astype(jnp.float32))
+                seen.append(jax.tree.leaves(y)[0][0, 0].astype(jnp.float32))
             # One small kernel for all calls of the iteration.
             return carry + sum(seen)
 

@@ -1,6 +1,7 @@
 // Operands of an FFI call: shapes with an optional leading batch dimension, dtypes, names.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
@@ -66,6 +67,34 @@ class OperandChecker {
       }
       batch_ = all[0];
     }
+    return xla::ffi::Error::Success();
+  }
+
+  // The size of a matrix that has its free dimensions folded into rows.
+  template <typename Buffer>
+  xla::ffi::Error Matrix(std::string_view name, const Buffer& buffer, int64_t* rows,
+                         int64_t* columns) {
+    const auto dims = buffer.dimensions();
+    if (dims.size() != 2) {
+      return InvalidArgument(op_, ": ", name, " must have rank 2, got ", dims.size());
+    }
+    *rows = dims[0];
+    *columns = dims[1];
+    return xla::ffi::Error::Success();
+  }
+
+  // Checks scales of a (rows, k) matrix, (entries, 1 or k); `rows_per_scale` is 0 if there are
+  // none.
+  template <typename Buffer>
+  xla::ffi::Error Scale(const Buffer& scale, int64_t rows, int64_t k, int64_t* scale_columns,
+                        int64_t* rows_per_scale) {
+    int64_t entries = 0;
+    JAX_AWQ_RETURN_IF_ERROR(Matrix("scale", scale, &entries, scale_columns));
+    if ((*scale_columns != 1 && *scale_columns != k) || (entries > 0 && rows % entries)) {
+      return InvalidArgument(op_, ": scale must have shape (divisor of ", rows, ", 1 or ", k,
+                             "), got ", Text(scale.dimensions()));
+    }
+    *rows_per_scale = entries > 0 ? std::max<int64_t>(rows / entries, 1) : 0;
     return xla::ffi::Error::Success();
   }
 
