@@ -7,6 +7,8 @@ from jax_awq._packing import pack_int4, unpack_int4
 from jax_awq._plan import KernelPlan, plan
 from jax_awq.ops.awq_dequantize import awq_dequantize
 from jax_awq.ops.awq_gemm import awq_gemm
+from jax_awq.ops.int4_matmul import int4_matmul
+from jax_awq.ops.int8_matmul import int8_matmul
 from jax_awq.weights import AWQWeight, PermutedWeight, convert
 
 if TYPE_CHECKING:
@@ -20,6 +22,8 @@ __all__ = [
     "awq_gemm",
     "build_info",
     "convert",
+    "int4_matmul",
+    "int8_matmul",
     "load_hf",
     "pack_int4",
     "plan",
