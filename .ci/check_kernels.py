@@ -24,6 +24,9 @@ SOURCES = {
     "awq_gemm_wgmma_bf16.cu": 12,
     "awq_gemm_wgmma_f16.cu": 0,
     "awq_dequantize.cu": 0,
+    "int8_matmul.cu": 0,
+    "int8_matmul_mma.cu": 0,
+    "int8_matmul_tma.cu": 0,
 }
 TENSOR_CORES = ("mma", "tma", "wgmma")  # in which sources every kernel has to use them
 

@@ -313,7 +313,7 @@ def test_plan_errors(rng):
     with pytest.raises(
         ValueError,
         match=r"^plan: op must be one of \['awq_dequantize', "
-        r"'awq_gemm'\], got 'awq_gem'$",
+        r"'awq_gemm', 'int4_matmul', 'int8_matmul'\], got 'awq_gem'$",
     ):
         plan("awq_gem")
     with pytest.raises(ValueError, match=r"^plan: device must look like 'sm_90', got 'H200'$"):

@@ -2,6 +2,8 @@
 
 python -m jax_awq.bench awq_gemm --json OUT.json
 python -m jax_awq.bench awq_dequantize --json OUT.json
+python -m jax_awq.bench int8_matmul --json OUT.json
+python -m jax_awq.bench int4_matmul --json OUT.json
 python -m jax_awq.bench decode --json OUT.json
 python -m jax_awq.bench table OUT.json
 python -m jax_awq.bench plot OUT.json [MORE.json ...] --out PLOT.svg
@@ -97,14 +99,17 @@ def _parser() -> argparse.ArgumentParser:
             metavar="KxN or model/linear",
             default=[PROBLEMS[name] for name in BENCH_PROBLEMS],
         )
-        if op == "awq_gemm":
+        if op != "awq_dequantize":
             bench.add_argument("--m", nargs="+", type=int, default=BENCH_ROWS, help="rows of x")
         else:
             bench.set_defaults(m=[0])
         dtypes = ["float16", "bfloat16"]
         bench.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=dtypes)
         bench.add_argument("--impls", nargs="+", choices=list(impls), help="default: all")
-        bench.add_argument("--group-size", type=int, default=128)
+        if op.startswith("awq"):
+            bench.add_argument("--group-size", type=int, default=128)
+        else:
+            bench.set_defaults(group_size=-1)  # scales of whole columns
         bench.add_argument("--repeats", type=int, default=7)
         bench.add_argument(
             "--min-weight-mb",
