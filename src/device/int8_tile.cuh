@@ -99,4 +99,31 @@ class Int8Fragments {
   uint32_t offset_, even_, odd_;
 };
 
+// Where a tile lies. Eight rows of tiles go together, so that the CTAs at work at one time share
+// their parts of a and b in the L2.
+struct Int8TileOrder {
+  static constexpr unsigned kRaster = 8;
+
+  __device__ Int8TileOrder(int64_t m, int64_t n, int64_t batch, int splits, int tokens, int outputs)
+      : rows(static_cast<unsigned>((m + tokens - 1) / tokens)),
+        columns(static_cast<unsigned>((n + outputs - 1) / outputs)),
+        splits(splits),
+        count(rows * columns * static_cast<unsigned>(batch) * splits) {}
+
+  __device__ void Find(unsigned tile, unsigned* split, unsigned* batch, unsigned* row,
+                       unsigned* column) const {
+    *split = tile % splits;
+    tile /= splits;
+    *batch = tile / (rows * columns);
+    tile -= *batch * rows * columns;
+    const unsigned band = tile / (kRaster * columns);
+    tile -= band * kRaster * columns;
+    const unsigned height = min(kRaster, rows - band * kRaster);
+    *column = tile / height;
+    *row = band * kRaster + tile % height;
+  }
+
+  unsigned rows, columns, splits, count;
+};
+
 }  // namespace jax_awq

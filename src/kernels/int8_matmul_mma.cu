@@ -12,8 +12,15 @@ constexpr int kThreads = 256;
 constexpr int kTokens = 64;
 constexpr int kOutputs = 128;
 constexpr int kStep = 64;
-// Words of a row in shared memory: rows g of a fragment start in different banks for all lanes.
-constexpr int kStride = kStep / 4 + 4;
+constexpr int kWords = kStep / 4;
+// Words of a row of a in shared memory: eight rows start in different banks.
+constexpr int kStride = kWords + 4;
+
+// Where a word of b lies. A warp stores one word of 32 rows that are four apart, and reads four of
+// eight neighbours: no more than two of them in a bank either way.
+__device__ __forceinline__ int SwizzledWord(int row, int word) {
+  return row * kWords + (word ^ (row / 4 % 16) ^ (row % 4 << 2));
+}
 
 // Bytes [i, i + 4) of a row of `size`; what lies outside is 0. `words`: the row and i are aligned.
 __device__ __forceinline__ uint32_t LoadFour(const uint8_t* row, int64_t i, int64_t size,
@@ -81,7 +88,7 @@ class Int8Loader {
     }
   }
 
-  __device__ void Store(uint32_t (*a)[kStride], uint32_t (*b)[kStride]) {
+  __device__ void Store(uint32_t (*a)[kStride], uint32_t* b) {
     if (p_.packed) {
       const uint32_t codes[2] = {a_fetched_[0], a_fetched_[1]};
 #pragma unroll
@@ -106,7 +113,7 @@ class Int8Loader {
       Transpose(w);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        b[threadIdx.x % 32 * 4 + j][threadIdx.x / 32 + 8 * i] = w[j];
+        b[SwizzledWord(threadIdx.x % 32 * 4 + j, threadIdx.x / 32 + 8 * i)] = w[j];
       }
     }
   }
@@ -127,7 +134,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   if constexpr (kMma) return;
 #endif
   __shared__ __align__(16) uint32_t a[kTokens][kStride];
-  __shared__ __align__(16) uint32_t b[kOutputs][kStride];
+  __shared__ uint32_t b[kOutputs * kWords];
   const int64_t token0 = static_cast<int64_t>(blockIdx.x) * kTokens;
   const int64_t output0 = static_cast<int64_t>(blockIdx.y) * kOutputs;
   const int warp = threadIdx.x / 32;
@@ -164,9 +171,11 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           const int row = warp_output + 8 * j + g;
+          const uint32_t outputs[2] = {b[SwizzledWord(row, 8 * s + t)],
+                                       b[SwizzledWord(row, 8 * s + t + 4)]};
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            Mma16x8x32(acc[4 * i + j], tokens[i], b[row][8 * s + t], b[row][8 * s + t + 4]);
+            Mma16x8x32(acc[4 * i + j], tokens[i], outputs[0], outputs[1]);
           }
         }
       }
@@ -179,7 +188,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         for (int i = 0; i < 4; ++i) tokens[i] = a[ty + 16 * i][w];
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-          const int output = b[tx + 16 * j][w];
+          const int output = b[SwizzledWord(tx + 16 * j, w)];
 #pragma unroll
           for (int i = 0; i < 4; ++i) acc[j][i] = __dp4a(tokens[i], output, acc[j][i]);
         }

@@ -10,7 +10,7 @@
 #include "device/int8_tile.cuh"
 #include "device/tma_tile.cuh"
 #include "device/wgmma.cuh"
-#include "kernels/awq_gemm_tma.cuh"
+#include "kernels/awq_gemm_tma.cuh"  // TensorMaps
 #include "kernels/int8_matmul_launch.cuh"
 
 namespace jax_awq {
@@ -24,33 +24,6 @@ struct Int8TmaParams {
   int shift;
   int cluster;
   int lead;  // stages
-};
-
-// Where a tile lies. Eight rows of tiles go together, so that the CTAs at work at one time share
-// their parts of a and b in the L2.
-struct Int8TileOrder {
-  static constexpr unsigned kRaster = 8;
-
-  __device__ Int8TileOrder(const Int8MatmulParams& p, int tokens, int outputs)
-      : rows(static_cast<unsigned>((p.m + tokens - 1) / tokens)),
-        columns(static_cast<unsigned>((p.n + outputs - 1) / outputs)),
-        splits(p.splits),
-        count(rows * columns * static_cast<unsigned>(p.batch) * splits) {}
-
-  __device__ void Find(unsigned tile, unsigned* split, unsigned* batch, unsigned* row,
-                       unsigned* column) const {
-    *split = tile % splits;
-    tile /= splits;
-    *batch = tile / (rows * columns);
-    tile -= *batch * rows * columns;
-    const unsigned band = tile / (kRaster * columns);
-    tile -= band * kRaster * columns;
-    const unsigned height = min(kRaster, rows - band * kRaster);
-    *column = tile / height;
-    *row = band * kRaster + tile % height;
-  }
-
-  unsigned rows, columns, splits, count;
 };
 
 template <int kTokens, bool kPacked>
@@ -164,7 +137,7 @@ __global__ void __launch_bounds__(Int8Tile<kTokens, kPacked>::kThreads, 1)
   const int warp = threadIdx.x / 32;
   const unsigned cluster = params.cluster;
   const unsigned rank = blockIdx.x % cluster;
-  const Int8TileOrder order(p, kTokens, Tile::kOutputs * cluster);
+  const Int8TileOrder order(p.m, p.n, p.batch, p.splits, kTokens, Tile::kOutputs * cluster);
   const unsigned first_tile = blockIdx.x / cluster;
   const unsigned tile_step = gridDim.x / cluster;
   const unsigned steps = static_cast<unsigned>((p.k + Tile::kDepth - 1) / Tile::kDepth);
