@@ -177,6 +177,26 @@ def test_large_result(bits):
         np.testing.assert_array_equal(problem.run(), exact)
 
 
+@every_width
+@pytest.mark.parametrize("m", [5, 300])
+def test_loop_replays_the_same_bits(bits, m):
+    """Runs after the first may replay a recorded graph, with its kernels before and after."""
+    rng = np.random.default_rng(0)
+    problem = random_int_problem(rng, m, 2048, 2048, bits=bits)
+    a, b = jax.device_put((problem.a, problem.b))
+
+    def step(a):
+        sums = dataclasses.replace(problem, a=a, b=b).run()
+        return (sums >> 7).astype(jnp.int8)[:, : a.shape[-1]]
+
+    loop = jax.jit(lambda a: jax.lax.fori_loop(0, 3, lambda _, a: step(a), a))
+    eager = a
+    for _ in range(3):
+        eager = step(eager)
+    for _ in range(3):
+        assert_same_bits(np.asarray(loop(a)), np.asarray(eager))
+
+
 # --- the handlers themselves
 
 M, K, N = 4, 64, 32
