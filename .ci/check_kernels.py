@@ -25,6 +25,9 @@ SOURCES = {
     "awq_gemm_wgmma_f16.cu": 0,
     "awq_dequantize.cu": 0,
     "dequantize_activation.cu": 0,
+    "int8_matmul.cu": 0,
+    "int8_matmul_mma.cu": 0,
+    "int8_matmul_tma.cu": 0,
     "quantize_activation.cu": 0,
 }
 TENSOR_CORES = ("mma", "tma", "wgmma")  # in which sources every kernel has to use them

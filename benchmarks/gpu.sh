@@ -2,13 +2,14 @@
 # What is run on a machine with a GPU. Its results are files in OUT; the installation goes to
 # build/gpu, not into the environment.
 #
-#     benchmarks/gpu.sh OUT [build | WHEEL.whl] [test] [sanitize] [bench] [shapes] [quantize] [ptx]
+#     benchmarks/gpu.sh OUT [build | WHEEL.whl] [test] [sanitize] [bench] [shapes] [quantize] [int8] [ptx]
 #
 #   build     builds and installs the kernels for the GPU of this machine
 #   WHEEL     installs that wheel
 #   test      gpu_tests.json
 #   sanitize  sanitizers.json: compute-sanitizer with each of its tools
 #   bench     awq_gemm.json, awq_dequantize.json, decode.json, generate.json
+#   int8      int8_matmul.json, int4_matmul.json
 #   shapes    adds other weights and group sizes to awq_gemm.json, which is in OUT
 #   quantize  quantize_activation.json
 #   ptx       gpu_tests_ptx75.json, gpu_tests_ptx80.json: the kernels of older GPUs, as PTX alone
@@ -91,6 +92,13 @@ for word in "$@"; do
         python3 -m jax_awq.bench awq_dequantize --json "$OUT/awq_dequantize.json" &&
         python3 -m jax_awq.bench decode --json "$OUT/decode.json" &&
         python3 -m jax_awq.bench generate --json "$OUT/generate.json"
+      ;;
+    int8)
+      for op in int8_matmul int4_matmul; do
+        python3 -m jax_awq.bench $op --dtypes float16 --json "$OUT/$op.json" \
+          --shapes 2048x2048 4096x4096 14336x4096 4096x28672 8192x28672 \
+          --m 1 16 64 128 256 512 1024 2048 4096 8192 || exit
+      done
       ;;
     shapes)
       more() { python3 -m jax_awq.bench awq_gemm --json "$OUT/awq_gemm.json" --merge "$@"; }

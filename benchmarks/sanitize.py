@@ -23,6 +23,7 @@ from jax_awq.testing import (
     random_problem,
     random_weight,
 )
+from jax_awq.testing_integers import random_int_problem
 
 # M, K, N, group_size, dtype, layout, split_k_iters: 3 can be a cluster, 9 never is one.
 PRODUCTS = (
@@ -35,6 +36,9 @@ PRODUCTS = (
     (20, 320, 288, 64, jnp.float16, "gemm", 3),
     (9, 640, 288, 32, jnp.bfloat16, "gemm", 1),
 )
+
+# M, K, N: every tile of int8_matmul whole and in part, K that no step divides, sums over splits.
+INTEGER_PRODUCTS = ((3, 17, 7), (70, 1024, 144), (300, 515, 272), (130, 2048, 256))
 
 
 def fused_variants(rng) -> list[str]:
@@ -114,8 +118,34 @@ def main() -> int:
                     np.testing.assert_array_equal(
                         qa.group_sums.sum(1), codes.sum(1, dtype=np.int32)
                     )
+    integers = integer_products(rng)
+    print("integer products by variant:", ", ".join(f"{v} {n}" for v, n in integers.items()))
     print("products by variant:", ", ".join(f"{v} {count}" for v, count in ran.items()))
     return 0 if ran and all(ran.values()) else 1
+
+
+def integer_products(rng) -> dict[str, int]:
+    """How often each variant of int8_matmul and int4_matmul ran."""
+    ran: dict[str, int] = {}
+    for m, k, n in INTEGER_PRODUCTS:
+        for bits in (8, 4):
+            raw = random_int_problem(rng, m, k, n, bits=bits)
+            scaled = random_int_problem(
+                rng, m, k, n, bits=bits, out_dtype=np.float32, bias=np.float32, activation="silu"
+            )
+            for variant in ("tma_64", "tma_128", "tma_256", "mma", "dp4a"):
+                os.environ["JAX_AWQ_FORCE"] = variant
+                try:
+                    sums, y = np.asarray(raw.run()), np.asarray(scaled.run())
+                except ValueError as error:
+                    if "cannot run" not in str(error):
+                        raise
+                    continue
+                np.testing.assert_array_equal(sums, raw.sums())
+                assert_close(y, scaled.float64(), np.asarray(scaled.reference()))
+                ran[variant] = ran.get(variant, 0) + 1
+            os.environ["JAX_AWQ_FORCE"] = ""
+    return ran
 
 
 if __name__ == "__main__":

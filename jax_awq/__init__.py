@@ -10,6 +10,8 @@ from jax_awq.ops._activation import QuantizedActivation
 from jax_awq.ops.awq_dequantize import awq_dequantize
 from jax_awq.ops.awq_gemm import awq_gemm
 from jax_awq.ops.dequantize_activation import dequantize_activation
+from jax_awq.ops.int4_matmul import int4_matmul
+from jax_awq.ops.int8_matmul import int8_matmul
 from jax_awq.ops.quantize_activation import quantize_activation
 from jax_awq.quantized import Int4Weight, Int8Weight, QuantizedLinear
 from jax_awq.weights import AWQWeight, PermutedWeight, convert
@@ -32,6 +34,8 @@ __all__ = [
     "calibrate_activation",
     "convert",
     "dequantize_activation",
+    "int4_matmul",
+    "int8_matmul",
     "load_hf",
     "pack_int4",
     "plan",

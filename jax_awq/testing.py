@@ -23,7 +23,7 @@ REFERENCE_ERRORS = 2
 OUTPUT_ULPS = 1
 
 _AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # of nibbles 0 to 7 in an AutoAWQ word
-_ACTIVATIONS = {
+ACTIVATIONS = {
     None: lambda y: y,
     "relu": lambda y: np.maximum(y, 0),
     "silu": lambda y: y / (1 + np.exp(-y)),
@@ -64,7 +64,7 @@ class Problem:
         if self.bias is not None:
             y = y + self.bias.astype(np.float64)[..., None, :]
         y = y.reshape(*x.shape[:-1], n)
-        return _ACTIVATIONS[self.activation](y)
+        return ACTIVATIONS[self.activation](y)
 
 
 def random_problem(

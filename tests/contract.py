@@ -14,6 +14,8 @@ from jax_awq import (
     awq_dequantize,
     awq_gemm,
     dequantize_activation,
+    int4_matmul,
+    int8_matmul,
     quantize_activation,
 )
 from jax_awq.testing import (
@@ -23,6 +25,7 @@ from jax_awq.testing import (
     random_problem,
     unpack_bytes,
 )
+from jax_awq.testing_integers import random_int_problem
 
 K, N, M, E = 64, 16, 3, 2  # E: length of every mapped axis
 
@@ -218,6 +221,46 @@ def _dequantize_activation(
     return Case("dequantize_activation", fn, exact, dense, (q, np.asarray(scale)), (1,))
 
 
+def _integers(seed: int, **options: Any) -> Case:
+    """Of a problem without raw sums, which have nothing to differentiate."""
+    k = K if options["bits"] == 8 else K - 1
+    problem = random_int_problem(np.random.default_rng(seed), M, k, N, **options)
+    op = int4_matmul if problem.bits == 4 else int8_matmul
+    names = [
+        n for n in ("scale_a", "scale_b", "scale_c", "bias") if getattr(problem, n) is not None
+    ]
+    sums = problem.sums()
+    static = {"k": problem.k} if problem.bits == 4 else {}
+
+    def fn(a, b, *floats):
+        return op(
+            a,
+            b,
+            **dict(zip(names, floats, strict=True)),
+            activation=problem.activation,
+            out_dtype=problem.out_dtype,
+            **static,
+        )
+
+    def exact(a, b, *floats):
+        changes = dict(zip(names, floats, strict=True))
+        return dataclasses.replace(problem, a=a, b=b, **changes).float64()
+
+    def dense(*floats):
+        by_name = dict(zip(names, floats, strict=True))
+        wide = jnp.float64 if by_name["scale_b"].dtype == jnp.float64 else jnp.float32
+        scale_a, scale_b = by_name["scale_a"], by_name["scale_b"]
+        y = sums.astype(wide) * (scale_a if scale_a.ndim == 0 else scale_a[:, None])
+        y = y * (scale_b * by_name.get("scale_c", wide(1)))
+        y = y + by_name["bias"].astype(wide) if "bias" in by_name else y
+        return _ACTIVATIONS[problem.activation](y).astype(
+            wide if wide == jnp.float64 else problem.out_dtype
+        )
+
+    operands = (problem.a, problem.b, *(getattr(problem, n) for n in names))
+    return Case(op.__name__, fn, exact, dense, operands, tuple(range(2, len(operands))))
+
+
 CASES = {
     "gemm": _gemm(0),
     "gemm-symmetric": _gemm(1, symmetric=True),
@@ -227,6 +270,13 @@ CASES = {
     "gemm-gemv": _gemm(5, layout="gemv", bias=True, activation="gelu_tanh"),
     "dequantize": _dequantize(6),
     "dequantize-symmetric": _dequantize(7, symmetric=True, layout="oc_major"),
+    "int8": _integers(9, bits=8, out_dtype=np.float16),
+    "int8-scalar-bias-silu": _integers(
+        10, bits=8, scales="scalar", bias=np.float32, activation="silu", out_dtype=np.float32
+    ),
+    "int4-odd-bias-gelu": _integers(
+        11, bits=4, bias=jnp.bfloat16, activation="gelu", out_dtype=jnp.bfloat16
+    ),
     "dequantize-gemv-f32": _dequantize(8, layout="gemv", dtype=jnp.float32),
     "quantize_activation": _quantize_activation(9, dtype=np.float16),
     "quantize_activation-int4-tensor": _quantize_activation(

@@ -39,7 +39,7 @@ GEMM = {name: impl for name, impl in impls.IMPLS["awq_gemm"].items() if name != 
 def program(name, *, iterations, copies=3):
     weights = impls.weights(GEMM[name], CASE, copies)
     keys = jax.random.split(jax.random.key(1), timing.calls_for(copies) // copies)
-    xs = [impls.make_x(key, GEMM[name], CASE) for key in keys]
+    xs = [GEMM[name].make_x(key, CASE) for key in keys]
     return timing.chained_loop(GEMM[name].run, iterations), xs, weights
 
 
@@ -77,7 +77,7 @@ def test_our_op_is_one_custom_call_each():
 
 
 def test_implementations_agree():
-    x = impls.make_x(jax.random.key(2), GEMM["jax_awq"], CASE)
+    x = impls.make_x(jax.random.key(2), CASE)
     (packed,) = impls.weights(GEMM["jax_awq"], CASE, 1)
     dense, unpacked = (
         np.asarray(impls.IMPLS["awq_dequantize"][name].run(x, *packed))

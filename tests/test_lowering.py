@@ -312,8 +312,8 @@ def test_a_build_without_kernels_still_lowers_for_elsewhere(monkeypatch):
 def test_plan_errors(rng):
     with pytest.raises(
         ValueError,
-        match=r"^plan: op must be one of \['awq_dequantize', 'awq_gemm', "
-        r"'dequantize_activation', 'quantize_activation'\], got 'awq_gem'$",
+        match=r"^plan: op must be one of \['awq_dequantize', 'awq_gemm', 'dequantize_activation', "
+        r"'int4_matmul', 'int8_matmul', 'quantize_activation'\], got 'awq_gem'$",
     ):
         plan("awq_gem")
     with pytest.raises(ValueError, match=r"^plan: device must look like 'sm_90', got 'H200'$"):

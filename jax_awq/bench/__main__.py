@@ -3,6 +3,8 @@
 python -m jax_awq.bench awq_gemm --json OUT.json
 python -m jax_awq.bench awq_dequantize --json OUT.json
 python -m jax_awq.bench quantize_activation --json OUT.json
+python -m jax_awq.bench int8_matmul --json OUT.json
+python -m jax_awq.bench int4_matmul --json OUT.json
 python -m jax_awq.bench decode --json OUT.json
 python -m jax_awq.bench generate --json OUT.json
 python -m jax_awq.bench table OUT.json
@@ -113,10 +115,10 @@ def _parser() -> argparse.ArgumentParser:
         dtypes = ["float16", "bfloat16"]
         bench.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=dtypes)
         bench.add_argument("--impls", nargs="+", choices=list(impls), help="default: all")
-        if activations:
-            bench.set_defaults(group_size=0)
-        else:
+        if op.startswith("awq"):
             bench.add_argument("--group-size", type=int, default=128)
+        else:
+            bench.set_defaults(group_size=0 if activations else -1)  # none, or whole columns
         bench.add_argument("--repeats", type=int, default=7)
         bench.add_argument(
             "--min-weight-mb",

@@ -12,6 +12,7 @@ from jax import Array
 
 import jax_awq
 from jax_awq import _ffi
+from jax_awq.ops._int8_matmul_call import unpack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,18 @@ class Case:
         return self.m * (self.k + self.n) * jnp.dtype(self.dtype).itemsize
 
 
+def make_x(key: Array, case: Case) -> Array:
+    return jax.random.normal(key, (max(case.m, 1), case.k), case.dtype)
+
+
+def make_dy(key: Array, case: Case) -> Array:
+    return jax.random.normal(key, (case.m, case.n), case.dtype)
+
+
+def _one_row(key: Array, case: Case) -> Array:
+    return make_x(key, dataclasses.replace(case, m=1))
+
+
 @dataclasses.dataclass(frozen=True)
 class Impl:
     """A way to compute an op.
@@ -52,8 +65,8 @@ class Impl:
       launches: ways to launch it, chosen by the keyword `launch` of `run`, of which the fastest
         counts; 1 where there is no choice and no keyword.
       takes_x: whether there is a row for every M, or one with M = 0.
-      transposed: whether x is what the result of the others is, (M, N).
       of_rows: whether the "weight" is what has M rows, and x is only there to be waited for.
+      make_x: from a random key and a case to x, on the device.
     """
 
     run: Callable[..., Any]
@@ -62,13 +75,8 @@ class Impl:
     moved_bytes: Callable[[Case], int]
     launches: int = 1
     takes_x: bool = True
-    transposed: bool = False
     of_rows: bool = False
-
-
-def make_x(key: Array, impl: Impl, case: Case) -> Array:
-    columns = case.n if impl.transposed else case.k
-    return jax.random.normal(key, (max(case.m, 1), columns), case.dtype)
+    make_x: Callable[[Array, Case], Any] = make_x
 
 
 def _packed(key: Array, case: Case) -> tuple[Array, ...]:
@@ -135,6 +143,45 @@ def can_read() -> bool:
     return jax.default_backend() == "gpu" and "jax_awq.read" in _ffi.TARGETS
 
 
+def _codes(key: Array, shape: tuple[int, int]) -> Array:
+    return jax.lax.bitcast_convert_type(jax.random.bits(key, shape, jnp.uint8), jnp.int8)
+
+
+def _integers(bits: int) -> dict[str, Impl]:
+    """Of `int8_matmul` or `int4_matmul`, with scales for each row and column."""
+    op = jax_awq.int8_matmul if bits == 8 else jax_awq.int4_matmul
+    packed = 8 // bits
+
+    def make_x(key: Array, case: Case) -> tuple[Array, Array, Any]:
+        m = max(case.m, 1)
+        scales = jax.random.uniform(key, (m,), jnp.float32, 0.002, 0.01)
+        return _codes(key, (m, case.k // packed)), scales, jnp.zeros((), case.dtype)
+
+    def make_weight(key: Array, case: Case) -> tuple[Array, ...]:
+        codes = _codes(key, (case.k // packed, case.n))
+        return codes, jax.random.uniform(key, (case.n,), jnp.float32, 0.002, 0.01)
+
+    def ours(x: tuple[Array, Array, Array], codes: Array, scales: Array) -> Array:
+        return op(x[0], codes, x[1], scales, out_dtype=x[2].dtype)
+
+    def xla(x: tuple[Array, Array, Array], codes: Array, scales: Array) -> Array:
+        """The sums alone."""
+        a, b = (x[0], codes) if bits == 8 else (unpack(x[0], -1, False), unpack(codes, -2, False))
+        return jax.lax.dot(a, b, preferred_element_type=jnp.int32)
+
+    def weight_bytes(case: Case) -> int:
+        return case.k // packed * case.n + 4 * case.n
+
+    def moved(case: Case, result_bytes: int) -> int:
+        return weight_bytes(case) + case.m * (case.k // packed + 4 + case.n * result_bytes)
+
+    return {
+        "jax_awq": Impl(ours, make_weight, weight_bytes, lambda c: moved(c, 2), make_x=make_x),
+        "xla_int8": Impl(xla, make_weight, weight_bytes, lambda c: moved(c, 4), make_x=make_x),
+        "xla_dense": _DENSE,
+    }
+
+
 def _packed_gemm(case: Case) -> int:
     return case.packed_bytes + case.activation_bytes
 
@@ -168,26 +215,28 @@ def _quantize_impl(run: Callable[..., Any], moved: Callable[[Case], int] = _quan
     def x_bytes(case: Case) -> int:
         return case.m * case.k * jnp.dtype(case.dtype).itemsize
 
-    return Impl(lambda _, a: run(a), _activations, x_bytes, moved, of_rows=True)
+    return Impl(lambda _, a: run(a), _activations, x_bytes, moved, of_rows=True, make_x=_one_row)
 
+
+_DENSE = Impl(
+    jnp.dot, _dense, lambda c: c.dense_bytes, lambda c: c.dense_bytes + c.activation_bytes
+)
 
 # By op, then by the name in a row.
 IMPLS: dict[str, dict[str, Impl]] = {
     "awq_gemm": {
         "jax_awq": Impl(jax_awq.awq_gemm, _packed, lambda c: c.packed_bytes, _packed_gemm),
-        "xla_dense": Impl(
-            jnp.dot, _dense, lambda c: c.dense_bytes, lambda c: c.dense_bytes + c.activation_bytes
-        ),
+        "xla_dense": _DENSE,
         "xla_unpack": Impl(xla_unpack, _packed, lambda c: c.packed_bytes, _packed_gemm),
         "jax_awq_dx": Impl(
-            gradient, _packed, lambda c: c.packed_bytes, _packed_gemm, transposed=True
+            gradient, _packed, lambda c: c.packed_bytes, _packed_gemm, make_x=make_dy
         ),
         "xla_dense_dx": Impl(
             lambda dy, w: jnp.dot(dy, w.T),
             _dense,
             lambda c: c.dense_bytes,
             lambda c: c.dense_bytes + c.activation_bytes,
-            transposed=True,
+            make_x=make_dy,
         ),
         "read": Impl(
             read,
@@ -226,9 +275,12 @@ IMPLS: dict[str, dict[str, Impl]] = {
             lambda c: _quantized(c) // 2,
             _quantized,
             of_rows=True,
+            make_x=_one_row,
         ),
         "xla": _quantize_impl(xla_quantize),
     },
+    "int8_matmul": _integers(8),
+    "int4_matmul": _integers(4),
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 import jax_awq
-from jax_awq.bench.impls import IMPLS, Case, make_x, weights
+from jax_awq.bench.impls import IMPLS, Case, weights
 from jax_awq.bench.timing import (
     MIN_CALLS,
     MIN_WEIGHT_BYTES,
@@ -54,7 +54,9 @@ def run(
                     case = Case(some[0] if impl.of_rows else 0, problem.k, problem.n, *shared)
                     copies = copies_for(impl.weight_bytes(case), min_weight_bytes)
                     # Without an x that tells them apart, two calls need two weights.
-                    copies = copies if op == "awq_gemm" else max(copies, MIN_CALLS)
+                    copies = (
+                        max(copies, MIN_CALLS) if impl.of_rows or op == "awq_dequantize" else copies
+                    )
                     data = weights(impl, case, copies)
                     for m in some if impl.takes_x else [0]:
                         case = dataclasses.replace(case, m=m)
@@ -85,8 +87,7 @@ def _time(
     # At least two, or XLA would remove the loop; more for short calls, to hide the start of it.
     iterations = min(32, max(2, math.ceil(1000 / (calls * max(floor, flops_us, 3)))))
     keys = jax.random.split(jax.random.key(1), calls // len(data))
-    x_case = dataclasses.replace(case, m=1) if IMPLS[op][impl].of_rows else case
-    operands = [make_x(key, IMPLS[op][impl], x_case) for key in keys], data
+    operands = [IMPLS[op][impl].make_x(key, case) for key in keys], data
 
     def seconds_of(call: Callable[..., Any]) -> float:
         program = jax.jit(chained_loop(call, iterations)).lower(*operands).compile()
@@ -111,8 +112,13 @@ def _time(
 
 
 def _kernel(op: str, impl: str, case: Case, data: list[tuple[Any, ...]]) -> str:
-    if impl != "jax_awq" or op != "awq_gemm":
+    if impl != "jax_awq" or op == "awq_dequantize":
         return ""
-    x = jax.ShapeDtypeStruct((case.m, case.k), case.dtype)
-    plan = jax_awq.plan(op, x, *data[0])
+    if IMPLS[op][impl].of_rows:
+        operands = data[0]
+    else:
+        x = jax.eval_shape(lambda key: IMPLS[op][impl].make_x(key, case), jax.random.key(0))
+        # Of the arrays of an integer product the codes decide.
+        operands = (x, *data[0]) if op == "awq_gemm" else (x[0], data[0][0])
+    plan = jax_awq.plan(op, *operands)
     return f" ({plan.kernel or plan.route}, split_k {plan.split_k})"

@@ -111,6 +111,20 @@ __device__ __forceinline__ void LoadShared(uint32_t (&r)[4], uint32_t address) {
                : "memory");
 }
 
+// d += a (16 x 32, row) * b (32 x 8, column) of int8 in int32 (9.7.15.5, mma.m16n8k32).
+__device__ __forceinline__ void Mma16x8x32(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                           uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void StoreShared(uint32_t address, int32_t x, int32_t y) {
+  asm volatile("st.shared.v2.s32 [%0], {%1, %2};" ::"r"(address), "r"(x), "r"(y) : "memory");
+}
+
 __device__ __forceinline__ void StoreSharedFour(uint32_t address, float4 v) {
   asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y),
                "f"(v.z), "f"(v.w)
@@ -130,6 +144,12 @@ __device__ __forceinline__ float4 LoadSharedFour(uint32_t address) {
 template <int kBarrier, int kThreads>
 __device__ __forceinline__ void NamedBarrierSync() {
   asm volatile("barrier.sync %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
+}
+
+// One side of a barrier of kThreads threads, of which the other side waits for it.
+template <int kBarrier, int kThreads>
+__device__ __forceinline__ void NamedBarrierArrive() {
+  asm volatile("barrier.arrive %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
 }
 
 #if __CUDA_ARCH__ >= 900
@@ -180,6 +200,13 @@ __device__ __forceinline__ void BarrierArrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// Arrives at the barrier at the same address of cluster member `rank`.
+__device__ __forceinline__ void BarrierArriveAt(uint32_t barrier, uint32_t rank) {
+  asm volatile(
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(MapToRank(barrier, rank))
+      : "memory");
+}
+
 __device__ __forceinline__ void BarrierArriveExpecting(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
@@ -222,6 +249,17 @@ __device__ __forceinline__ void CopyBox(uint32_t to, const void* map, int x, int
       "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
       "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier)
+      : "memory");
+}
+
+// The same box to the same address in every member of the cluster that `members` has a bit for,
+// with its bytes counted on the barrier of each.
+__device__ __forceinline__ void CopyBoxToMembers(uint32_t to, const void* map, int x, int y, int z,
+                                                 uint32_t barrier, uint16_t members) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(to),
+      "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier), "h"(members)
       : "memory");
 }
 

@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace jax_awq {
 
@@ -33,6 +34,11 @@ template <int kSize>
 __device__ __forceinline__ void PinRegisters(float (&d)[kSize]) {
 #pragma unroll
   for (int i = 0; i < kSize; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+template <typename T, int kSize>
+__device__ __forceinline__ std::enable_if_t<std::is_integral_v<T>> PinRegisters(T (&d)[kSize]) {
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) asm volatile("" : "+r"(d[i])::"memory");
 }
 
 // Descriptor of rows of 128 bytes with the 128-byte swizzle, eight rows to 1024 bytes.
@@ -184,5 +190,61 @@ __device__ __forceinline__ void Wgmma<__nv_bfloat16, 256>(float (&d)[128], const
 #undef JAX_AWQ_F64
 #undef JAX_AWQ_F16
 #undef JAX_AWQ_F4
+
+#define JAX_AWQ_I4(d, i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3])
+#define JAX_AWQ_I16(d, i) \
+  JAX_AWQ_I4(d, i), JAX_AWQ_I4(d, i + 4), JAX_AWQ_I4(d, i + 8), JAX_AWQ_I4(d, i + 12)
+#define JAX_AWQ_I32(d, i) JAX_AWQ_I16(d, i), JAX_AWQ_I16(d, i + 16)
+
+// d (64 outputs x kTokens, int32) += a (64 x 32, int8 in registers) * b (32 x kTokens, int8 in
+// shared memory). Both have the contraction innermost: wgmma transposes 16-bit types alone.
+template <int kTokens>
+__device__ __forceinline__ void WgmmaS8(int32_t (&d)[kTokens / 2], const uint32_t (&a)[4],
+                                        uint64_t b);
+
+template <>
+__device__ __forceinline__ void WgmmaS8<64>(int32_t (&d)[32], const uint32_t (&a)[4], uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
+      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, "
+      "%36, 1;"
+      : JAX_AWQ_I32(d, 0)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+template <>
+__device__ __forceinline__ void WgmmaS8<128>(int32_t (&d)[64], const uint32_t (&a)[4], uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
+      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
+      "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "
+      "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, {%64, %65, %66, %67}, %68, 1;"
+      : JAX_AWQ_I32(d, 0), JAX_AWQ_I32(d, 32)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+template <>
+__device__ __forceinline__ void WgmmaS8<256>(int32_t (&d)[128], const uint32_t (&a)[4],
+                                             uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n256k32.s32.s8.s8 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
+      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
+      "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "
+      "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, "
+      "%70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, "
+      "%87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, "
+      "%103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, "
+      "%117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, {%128, %129, %130, "
+      "%131}, %132, 1;"
+      : JAX_AWQ_I32(d, 0), JAX_AWQ_I32(d, 32), JAX_AWQ_I32(d, 64), JAX_AWQ_I32(d, 96)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+#undef JAX_AWQ_I32
+#undef JAX_AWQ_I16
+#undef JAX_AWQ_I4
 
 }  // namespace jax_awq

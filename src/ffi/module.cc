@@ -7,6 +7,7 @@
 #include <string>
 
 #include "kernels/awq_gemm.h"
+#include "kernels/int8_matmul.h"
 
 #ifdef JAX_AWQ_CUDA
 #include <cuda_runtime_api.h>
@@ -124,6 +125,29 @@ nb::dict PlanGemm(int64_t m, int64_t n, int64_t k, int64_t batch, int64_t group_
   return result;
 }
 
+nb::dict PlanInt8(int64_t m, int64_t n, int64_t k, int64_t batch, int64_t a_batch, bool packed,
+                  const std::string& variant, int arch, int sm_count) {
+  Int8MatmulProblem problem;
+  problem.m = m;
+  problem.n = n;
+  problem.k = k;
+  problem.batch = batch;
+  problem.a_batch = a_batch;
+  problem.packed = packed;
+  problem.variant = variant;
+  const Int8MatmulPlan plan = PlanInt8Matmul(problem, Device{EffectiveArch(arch), sm_count});
+
+  nb::dict refused;
+  for (const auto& [name, reason] : plan.refused) refused[name.c_str()] = reason;
+  nb::dict result;
+  result["variant"] = plan.variant;
+  result["tile"] = nb::make_tuple(plan.tile_tokens, plan.tile_outputs);
+  result["split_k"] = plan.split_k;
+  result["workspace_bytes"] = plan.workspace_bytes;
+  result["refused"] = refused;
+  return result;
+}
+
 }  // namespace
 }  // namespace jax_awq
 
@@ -138,4 +162,9 @@ NB_MODULE(_ext, m) {
         "group_size"_a, "layout"_a, "x_dtype"_a, "scales_dtype"_a, "out_dtype"_a, "has_zeros"_a,
         "transpose"_a, "split_k"_a, "variant"_a, "arch"_a, "sm_count"_a,
         "Which kernel would run an awq_gemm. Raises ValueError for a forced one that cannot.");
+  m.def(
+      "plan_int8_matmul", &jax_awq::PlanInt8, nb::kw_only(), "m"_a, "n"_a, "k"_a, "batch"_a,
+      "a_batch"_a, "packed"_a, "variant"_a, "arch"_a, "sm_count"_a,
+      "Which kernel would run an int8_matmul, or an int4_matmul where operands are packed. Raises "
+      "ValueError for a forced one that cannot.");
 }

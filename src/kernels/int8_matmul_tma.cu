@@ -1,0 +1,280 @@
+// The kernel for sm_90a. wgmma takes int8 only with the contraction innermost, and b lies the other
+// way: it passes through registers, which cost one ldmatrix and four byte permutations for 64 x 32
+// of it, and is the row operand. A CTA computes kTokens x 128 outputs of y; two of a cluster have
+// the same tokens and bring each other half of them.
+
+#include <cuda.h>
+
+#include <algorithm>
+
+#include "device/int8_tile.cuh"
+#include "device/tma_tile.cuh"
+#include "device/wgmma.cuh"
+#include "kernels/awq_gemm_tma.cuh"  // TensorMaps
+#include "kernels/int8_matmul_launch.cuh"
+
+namespace jax_awq {
+namespace {
+
+struct Int8TmaParams {
+  CUtensorMap a, b;
+  Int8MatmulParams p;
+  int a_rows;            // of a box of a
+  int batch_a, batch_b;  // 1 where every batch entry has its own, 0 where all share one
+  int shift;
+  int cluster;
+  int lead;  // stages
+};
+
+template <int kTokens, bool kPacked>
+class Int8Consumer {
+  using Tile = Int8Tile<kTokens, kPacked>;
+
+ public:
+  __device__ Int8Consumer(uint32_t shared, int cluster)
+      : fragments_(threadIdx.x / 32, threadIdx.x % 32), shared_(shared), cluster_(cluster) {}
+
+  // Sums over `count` stages: acc[4 b + 2 h + i] of output 2 g + h of the warp's 16, token
+  // 8 b + 2 t + i. Tells the other warpgroup when `signal` stages are begun.
+  __device__ __forceinline__ void Accumulate(int count, int signal, int32_t (&acc)[kTokens / 2]) {
+#pragma unroll
+    for (int i = 0; i < kTokens / 2; ++i) acc[i] = 0;
+    PinRegisters(acc);
+    WgmmaFence();
+    uint32_t a[2][4];
+    int previous = -1;
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) {
+      const int stage = at_.stage;
+      BarrierWait(Tile::Full(shared_, stage), at_.phase);
+      fragments_.Load(Tile::B(shared_, stage));
+      const uint32_t tokens = Tile::A(shared_, stage);
+#pragma unroll
+      for (int s = 0; s < 4; ++s) {
+        // All but the newest wgmma are done: these registers are free again.
+        WgmmaWait<1>();
+        if (s == 1 && previous >= 0) Release(previous);
+        fragments_.Get(s, a[s % 2]);
+        PinRegisters(a[s % 2]);  // or its bytes are picked behind the fence
+        WgmmaFence();
+        WgmmaS8<kTokens>(acc, a[s % 2], SwizzledRows(tokens + 32 * s));
+        WgmmaCommit();
+      }
+      if (i == signal) NamedBarrierArrive<1, 256>();
+      previous = stage;
+      at_.Advance();
+    }
+    WgmmaWait<0>();
+    PinRegisters(acc);
+    if (previous >= 0) Release(previous);
+  }
+
+ private:
+  // Members of a cluster write to each other's shared memory, so all hear of it. One predicated
+  // instruction: with branches here ptxas serializes the wgmmas.
+  __device__ void Release(int stage) const {
+    const int lane = threadIdx.x % 32;
+    if (lane < cluster_) BarrierArriveAt(Tile::Empty(shared_, stage), lane);
+  }
+
+  Int8Fragments<kPacked> fragments_;
+  const uint32_t shared_;
+  const int cluster_;
+  StageCounter<Tile::kStages> at_;
+};
+
+// A warp's sums to y, 64 tokens at a time through shared memory, so that four lanes hold 16
+// consecutive outputs.
+template <bool kActivate, int kTokens>
+__device__ __forceinline__ void StoreSums(const Int8Epilogue& epilogue, uint32_t staged,
+                                          int64_t token0, int tokens, int64_t output0,
+                                          const int32_t (&acc)[kTokens / 2]) {
+  const int lane = threadIdx.x % 32;
+  const int g = lane / 4;
+  const int t = lane % 4;
+  const bool valid = output0 + 4 * t < epilogue.n;
+  const FourColumns four(epilogue, output0 + 4 * t, valid);
+#pragma unroll
+  for (int pass = 0; pass < kTokens / 64; ++pass) {
+    if (64 * pass >= tokens) break;
+    __syncwarp();
+#pragma unroll
+    for (int b = 0; b < 8; ++b) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        // Chunks of 16 bytes are swizzled: lanes t have rows that fall on the same banks.
+        const int at = 4 * (8 * pass + b) + i;
+        StoreShared(staged + (8 * b + 2 * t + i) * 64 + ((g / 2 ^ t) << 4) + g % 2 * 8, acc[at],
+                    acc[at + 2]);
+      }
+    }
+    __syncwarp();
+    constexpr int kUnroll = kActivate ? 1 : 4;
+#pragma unroll kUnroll
+    for (int i = 0; i < 8; ++i) {
+      const int row = 8 * i + g;
+      if (64 * pass + row < tokens && valid) {
+        uint32_t sums[4];
+        LoadShared(sums, staged + row * 64 + ((t ^ row / 2 % 4) << 4));
+        const int64_t token = token0 + 64 * pass + row;
+        four.template Finish<kActivate>(epilogue, token, epilogue.RowScale(token),
+                                        make_int4(sums[0], sums[1], sums[2], sums[3]));
+      }
+    }
+  }
+}
+
+template <int kTokens, bool kPacked>
+__global__ void __launch_bounds__(Int8Tile<kTokens, kPacked>::kThreads, 1)
+    Int8MatmulTmaKernel(const __grid_constant__ Int8TmaParams params) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using Tile = Int8Tile<kTokens, kPacked>;
+  const Int8MatmulParams& p = params.p;
+  extern __shared__ char unaligned[];
+  const uint32_t shared =
+      (SharedAddress(unaligned) + Tile::kAlignment - 1) / Tile::kAlignment * Tile::kAlignment;
+
+  const int warp = threadIdx.x / 32;
+  const unsigned cluster = params.cluster;
+  const unsigned rank = blockIdx.x % cluster;
+  const Int8TileOrder order(p.m, p.n, p.batch, p.splits, kTokens, Tile::kOutputs * cluster);
+  const unsigned first_tile = blockIdx.x / cluster;
+  const unsigned tile_step = gridDim.x / cluster;
+  const unsigned steps = static_cast<unsigned>((p.k + Tile::kDepth - 1) / Tile::kDepth);
+
+  if (threadIdx.x == 32 * Tile::kConsumerWarps) {
+    for (int s = 0; s < Tile::kStages; ++s) {
+      BarrierInit(Tile::Full(shared, s), 1);
+      BarrierInit(Tile::Empty(shared, s), Tile::kConsumerWarps * cluster);
+    }
+    BarrierInitFence();
+  }
+  __syncthreads();
+  if (cluster > 1) ClusterSync();
+
+  if (warp >= Tile::kConsumerWarps) {
+    ReleaseRegisters<40>();
+    if (threadIdx.x != 32 * Tile::kConsumerWarps) return;
+    const uint32_t bytes = params.a_rows * cluster * Tile::kDepth + Tile::kBBytes;
+    StageCounter<Tile::kStages> at;
+    for (unsigned tile = first_tile; tile < order.count; tile += tile_step) {
+      unsigned split, batch, row, column;
+      order.Find(tile, &split, &batch, &row, &column);
+      const Share share(steps, split, p.splits);
+      const int a_batch = batch * params.batch_a;
+      const int b_batch = batch * params.batch_b;
+      const int own_rows = rank * params.a_rows;  // within the tile
+      const int token = row * kTokens + own_rows;
+      const int output = (column * cluster + rank) * Tile::kOutputs;
+      for (int i = 0; i < share.count; ++i) {
+        const int step = share.first + i;
+        BarrierWait(Tile::Empty(shared, at.stage), at.phase ^ 1);
+        const uint32_t barrier = Tile::Full(shared, at.stage);
+        BarrierArriveExpecting(barrier, bytes);
+        CopyBox(Tile::B(shared, at.stage), &params.b, output, step * Tile::kBRows, b_batch,
+                barrier);
+        const uint32_t to = Tile::A(shared, at.stage) + own_rows * Tile::kDepth;
+        if (cluster == 1) {
+          CopyBox(to, &params.a, step * Tile::kDepth, token, a_batch, barrier);
+        } else {
+          CopyBoxToMembers(to, &params.a, step * Tile::kDepth, token, a_batch, barrier, 3);
+        }
+        at.Advance();
+      }
+    }
+    return;
+  }
+
+  AcquireRegisters<232>();
+  Int8Consumer<kTokens, kPacked> consumer(shared, cluster);
+  // One warpgroup starts ahead of the other and stays ahead: it stores its results while the other
+  // still multiplies, and multiplies while the other stores.
+  int signal = -1;
+  if (params.lead > 0) {
+    if (warp < 4) {
+      signal = params.lead - 1;
+    } else if (first_tile < order.count) {
+      NamedBarrierSync<1, 256>();
+    }
+  }
+  for (unsigned tile = first_tile; tile < order.count; tile += tile_step) {
+    unsigned split, batch, row, column;
+    order.Find(tile, &split, &batch, &row, &column);
+    const Share share(steps, split, p.splits);
+    int32_t acc[kTokens / 2];
+    consumer.Accumulate(share.count, min(signal, share.count - 1), acc);
+    signal = -1;
+
+    Int8Epilogue epilogue = MakeEpilogue(p, batch, params.shift);
+    if (p.partials) epilogue.WriteOnly(p.partials + (split * p.batch + batch) * p.size());
+    const int64_t token0 = static_cast<int64_t>(row) * kTokens;
+    const int tokens = static_cast<int>(min(p.m - token0, static_cast<int64_t>(kTokens)));
+    const int64_t output0 =
+        static_cast<int64_t>(column * cluster + rank) * Tile::kOutputs + 16 * warp;
+    const uint32_t staged = Tile::Staged(shared, warp);
+    if (epilogue.raw || epilogue.activation == Activation::kNone) {
+      StoreSums<false, kTokens>(epilogue, staged, token0, tokens, output0, acc);
+    } else {
+      StoreSums<true, kTokens>(epilogue, staged, token0, tokens, output0, acc);
+    }
+  }
+  if (cluster > 1) ClusterSync();  // nobody leaves while others arrive at its barriers
+#endif
+}
+
+template <int kTokens, bool kPacked>
+cudaError_t LaunchTile(const Int8MatmulPlan& plan, const Int8MatmulParams& p, const void* a,
+                       cudaStream_t stream) {
+  using Tile = Int8Tile<kTokens, kPacked>;
+  const TensorMaps* maps = TensorMaps::Get();
+  if (maps == nullptr) return cudaErrorNotSupported;
+  Int8TmaParams params = {};
+  params.p = p;
+  params.cluster = plan.cluster;
+  params.a_rows = plan.cluster > 1
+                      ? kTokens / plan.cluster
+                      : static_cast<int>(std::min<int64_t>(kTokens, (p.m + 7) / 8 * 8));
+  params.batch_a = p.buffers.a_stride != 0;
+  params.batch_b = p.buffers.b_stride != 0;
+  params.shift = kPacked ? kPackedShift : 0;
+  params.lead = 2;
+  const int64_t columns = plan.widen ? plan.padded_k : p.k;
+  if (!maps->Encode(&params.a, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, a, columns, p.m,
+                    params.batch_a ? p.batch : 1, Tile::kDepth, params.a_rows,
+                    CU_TENSOR_MAP_SWIZZLE_128B) ||
+      !maps->Encode(&params.b, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.buffers.b, p.n, p.b_rows,
+                    params.batch_b ? p.batch : 1, Tile::kOutputs, Tile::kBRows,
+                    CU_TENSOR_MAP_SWIZZLE_128B)) {
+    return cudaErrorInvalidValue;
+  }
+  const int outputs = Tile::kOutputs * plan.cluster;
+  const int64_t tiles =
+      (p.m + kTokens - 1) / kTokens * ((p.n + outputs - 1) / outputs) * p.batch * p.splits;
+  const int64_t clusters = std::min<int64_t>(tiles, plan.sm_count / plan.cluster);
+  return LaunchClusters(Int8MatmulTmaKernel<kTokens, kPacked>, params, plan.cluster,
+                        dim3(static_cast<unsigned>(clusters * plan.cluster)), Tile::kThreads,
+                        Tile::kSharedBytes, stream);
+}
+
+template <bool kPacked>
+cudaError_t LaunchTiles(const Int8MatmulPlan& plan, const Int8MatmulParams& p, const void* a,
+                        cudaStream_t stream) {
+  switch (plan.tile_tokens) {
+    case 64:
+      return LaunchTile<64, kPacked>(plan, p, a, stream);
+    case 128:
+      return LaunchTile<128, kPacked>(plan, p, a, stream);
+    default:
+      return LaunchTile<256, kPacked>(plan, p, a, stream);
+  }
+}
+
+}  // namespace
+
+cudaError_t LaunchInt8MatmulTma(const Int8MatmulPlan& plan, const Int8MatmulParams& p,
+                                cudaStream_t stream) {
+  const void* a = plan.widen ? p.buffers.workspace : p.buffers.a;
+  return p.packed ? LaunchTiles<true>(plan, p, a, stream) : LaunchTiles<false>(plan, p, a, stream);
+}
+
+}  // namespace jax_awq
