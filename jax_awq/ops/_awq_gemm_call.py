@@ -72,6 +72,7 @@ def plan_call(device, *operands, **params):
         scales_dtype=str(scales.dtype),
         out_dtype=str(out.dtype),
         has_zeros=qzeros is not None,
+        has_activation=params["activation"] != "none",
         transpose=params["transpose"],
         split_k=params["split_k"],
         variant=params["variant"],

@@ -228,7 +228,8 @@ class HalfWord {
   // v[j][2 * h + i]: output 2 * (2 * j + h) + odd of the word, token i of two. `token` is the one
   // that this lane stores: the first where it has the even outputs. Called by whole warps.
   template <bool kActivate>
-  __device__ void Store(const EpilogueParams& p, const float (&v)[kTiles][4], int64_t token) const {
+  __device__ __forceinline__ void Store(const EpilogueParams& p, const float (&v)[kTiles][4],
+                                        int64_t token) const {
     float mine[2 * kTiles], other[2 * kTiles];
 #pragma unroll
     for (int i = 0; i < 2 * kTiles; ++i) {

@@ -37,6 +37,7 @@ ffi::Error AwqGemm(Stream stream, int32_t device_ordinal, ffi::AnyBuffer x,
   p.layout = weight.layout;
   p.scales_dtype = weight.scales_dtype;
   p.has_zeros = weight.qzeros != nullptr;
+  p.has_activation = *known_activation != Activation::kNone;
   p.transpose = transpose;
   p.split_k = split_k;
   p.variant = std::string(variant);

@@ -20,6 +20,7 @@ struct AwqGemmProblem {
   DType scales_dtype = DType::kF16;
   DType out_dtype = DType::kF16;
   bool has_zeros = false;  // otherwise every zero point is 8
+  bool has_activation = false;
   bool transpose = false;
   int64_t split_k = 0;      // 0: chosen by the plan
   std::string variant;      // empty: chosen by the plan
@@ -39,6 +40,7 @@ struct AwqGemmPlan {
   int split_k = 1;
   int resident_ctas = 0;  // that the device runs at once
   bool cluster = false;   // splits meet in a thread block cluster; otherwise in the workspace
+  bool stream_k = false;  // all CTAs share the tiles that would not fill a wave (see StreamK)
   size_t workspace_bytes = 0;
   std::vector<std::pair<std::string, std::string>> refused;  // variant, why it cannot run
 };

@@ -83,6 +83,14 @@ const char* TmaUnsupported(const AwqGemmProblem& p, const Device& device) {
   return nullptr;
 }
 
+const char* StreamUnsupported(const AwqGemmProblem& p, const Device& device) {
+  if (const char* why = TmaUnsupported(p, device)) return why;
+  if (p.has_activation) return "there is an activation";
+  if (p.split_k > 0) return "split_k_iters asks for another division of K";
+  if (p.m == 0) return "the number of rows is not known when the program is lowered";
+  return nullptr;
+}
+
 const char* SimtUnsupported(const AwqGemmProblem& p, const Device& device) {
   return AnyKernelUnsupported(p, device);
 }
@@ -106,6 +114,9 @@ constexpr Variant kVariants[] = {
     {"tma_128x128", AwqGemmKernel::kTma, 128, 128, 64, 1, true, 0.39, TmaUnsupported},
     {"tma_128x256", AwqGemmKernel::kTma, 128, 256, 64, 1, true, 0.68, TmaUnsupported},
     {"tma_256x128", AwqGemmKernel::kTma, 256, 128, 64, 1, true, 0.67, TmaUnsupported},
+    {"stream_128x128", AwqGemmKernel::kTma, 128, 128, 64, 1, false, 0.39, StreamUnsupported},
+    {"stream_128x256", AwqGemmKernel::kTma, 128, 256, 64, 1, false, 0.68, StreamUnsupported},
+    {"stream_256x128", AwqGemmKernel::kTma, 256, 128, 64, 1, false, 0.67, StreamUnsupported},
     {"wgmma_16", AwqGemmKernel::kWgmma, 16, 256, 64, 2, true, 0, WgmmaUnsupported},
     {"wgmma_32", AwqGemmKernel::kWgmma, 32, 256, 64, 1, true, 0, WgmmaUnsupported},
     {"wgmma_64", AwqGemmKernel::kWgmma, 64, 256, 64, 1, true, 0, WgmmaUnsupported},
@@ -116,6 +127,8 @@ constexpr Variant kVariants[] = {
     {"dequantize_dot", AwqGemmKernel::kNone, 0, 0, 0, 0, false, 0, DequantizeDotUnsupported},
     {"simt", AwqGemmKernel::kSimt, 32, 64, 32, 4, false, 0, SimtUnsupported},
 };
+
+bool IsStream(const Variant& v) { return v.unsupported == StreamUnsupported; }
 
 const Variant* Find(const std::string& name) {
   for (const Variant& v : kVariants) {
@@ -155,6 +168,35 @@ double TmaMicroseconds(const AwqGemmProblem& p, const Device& device, const Vari
   return kLaunch + waves * (kFill + steps * v.step_us + exchange);
 }
 
+// What is left over when every CTA has had the same number of tiles, and of how many there are.
+struct Tail {
+  Tail(const AwqGemmProblem& p, const Device& device, const Variant& v)
+      : ctas(device.sm_count * v.ctas_per_sm),
+        tiles(CeilDiv(p.m, v.tokens) * CeilDiv(p.outputs(), v.outputs) * p.batch % ctas),
+        whole(CeilDiv(p.m, v.tokens) * CeilDiv(p.outputs(), v.outputs) * p.batch / ctas),
+        tile_bytes(int64_t{4} * v.tokens * v.outputs) {}
+
+  int64_t ctas;
+  int64_t tiles;  // of the tail
+  int64_t whole;  // waves before it
+  int64_t tile_bytes;
+  // Every CTA's share of the tail may begin within a tile.
+  int64_t workspace_bytes() const { return tiles == 0 ? 0 : (ctas + tiles) * tile_bytes; }
+};
+
+double StreamMicroseconds(const AwqGemmProblem& p, const Device& device, const Variant& v) {
+  constexpr double kLaunch = 1.0;
+  constexpr double kFill = 2.7;
+  constexpr double kFinish = 2.5;          // the launch that adds the partial sums
+  constexpr double kPartialBytes = 3.5e6;  // a microsecond, written and read again through the L2
+  const Tail tail(p, device, v);
+  const int64_t steps = CeilDiv(p.contraction(), v.depth);
+  const double us = kLaunch + kFill + tail.whole * steps * v.step_us;
+  if (tail.tiles == 0) return us;
+  return us + CeilDiv(tail.tiles * steps, tail.ctas) * v.step_us + kFinish +
+         2.0 * tail.workspace_bytes() / kPartialBytes;
+}
+
 int BestTmaSplit(const AwqGemmProblem& p, const Device& device, const Variant& v) {
   int best = 1;
   for (int split = 2; split <= kMaxCluster; ++split) {
@@ -177,9 +219,10 @@ const char* ChooseTma(const AwqGemmProblem& p, const Device& device) {
   const Variant* best = nullptr;
   double best_us = 0;
   for (const Variant& v : kVariants) {
-    if (v.kernel != AwqGemmKernel::kTma) continue;
-    const int split = p.split_k > 0 ? 1 : BestTmaSplit(p, device, v);
-    const double us = TmaMicroseconds(p, device, v, split);
+    if (v.kernel != AwqGemmKernel::kTma || v.unsupported(p, device)) continue;
+    const double us =
+        IsStream(v) ? StreamMicroseconds(p, device, v)
+                    : TmaMicroseconds(p, device, v, p.split_k > 0 ? 1 : BestTmaSplit(p, device, v));
     if (best == nullptr || us < best_us) best = &v, best_us = us;
   }
   if (!DequantizeDotUnsupported(p, device) && DequantizeDotMicroseconds(p, device) < best_us) {
@@ -247,6 +290,12 @@ AwqGemmPlan PlanAwqGemm(const AwqGemmProblem& p, const Device& device, size_t wo
   plan.tile_tokens = v->tokens;
   plan.tile_outputs = v->outputs;
   if (v->tokens == 0) return plan;
+  if (IsStream(*v)) {
+    const size_t bytes = Tail(p, device, *v).workspace_bytes();
+    plan.stream_k = bytes <= workspace_limit;
+    plan.workspace_bytes = plan.stream_k ? bytes : 0;
+    return plan;
+  }
 
   plan.split_k = ChooseSplit(p, device, *v);
   plan.cluster = plan.split_k > 1 && plan.split_k <= kMaxCluster && device.arch >= 90;

@@ -12,6 +12,7 @@
 #include "device/epilogue.cuh"
 #include "device/ptx.cuh"
 #include "kernels/awq_gemm_launch.cuh"
+#include "kernels/awq_gemm_schedule.cuh"
 
 namespace jax_awq {
 
@@ -22,29 +23,7 @@ struct AwqGemmTmaParams {
   int group_rows;             // of a box of scales or zeros
   int batch_x, batch_weight;  // 1 where every batch entry has its own, 0 where all share one
   bool exchange;              // results pass through shared memory: splits meet, or activation
-};
-
-// Where a tile lies. Tiles of up to kRaster rows of tiles go together, so that the CTAs at work
-// at one time share their rows of x and their columns of the weight in the L2.
-struct TmaTileOrder {
-  static constexpr unsigned kRaster = 8;
-
-  __device__ TmaTileOrder(const AwqGemmParams& p, int tokens, int outputs)
-      : rows(static_cast<unsigned>((p.m + tokens - 1) / tokens)),
-        columns(static_cast<unsigned>((p.outputs + outputs - 1) / outputs)),
-        count(rows * columns * static_cast<unsigned>(p.batch)) {}
-
-  __device__ void Find(unsigned tile, unsigned* batch, unsigned* row, unsigned* column) const {
-    *batch = tile / (rows * columns);
-    tile -= *batch * rows * columns;
-    const unsigned band = tile / (kRaster * columns);
-    tile -= band * kRaster * columns;
-    const unsigned height = min(kRaster, rows - band * kRaster);
-    *column = tile / height;
-    *row = band * kRaster + tile % height;
-  }
-
-  unsigned rows, columns, count;
+  bool stream_k;
 };
 
 template <typename T, typename S, int kTokens, int kTiles>
@@ -63,10 +42,9 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles>::kThreads, 1)
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // known to be uniform
   const unsigned split = blockIdx.x % p.splits;
   const TmaTileOrder order(p, kTokens, Tile::kOutputs);
-  const unsigned first_tile = blockIdx.x / p.splits;
-  const unsigned tile_step = gridDim.x / p.splits;
-  const Share share(static_cast<unsigned>(p.contraction + Tile::kDepth - 1) / Tile::kDepth, split,
-                    p.splits);
+  TmaWork work(p.splits, order.count,
+               static_cast<unsigned>(p.contraction + Tile::kDepth - 1) / Tile::kDepth,
+               !Tile::kMma && params.stream_k);
   const int group_shift = p.buffers.weight.group_shift;
   const bool has_zeros = p.buffers.weight.qzeros != nullptr;
   auto blocks_of = [&](unsigned row) {
@@ -90,15 +68,16 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles>::kThreads, 1)
     const uint32_t bytes = params.x_rows * Tile::kDepth * 2 + Tile::kWordBytes +
                            group_rows * (Tile::kOutputs * 2 + (has_zeros ? Tile::kOutputs / 2 : 0));
     StageCounter<Tile::kStages> at;
-    for (unsigned tile = first_tile; tile < order.count; tile += tile_step) {
+    for (unsigned item = 0; item < work.items; ++item) {
+      work.Next();
       unsigned batch, row, column;
-      order.Find(tile, &batch, &row, &column);
+      order.Find(work.tile, &batch, &row, &column);
       const int x_batch = batch * params.batch_x;
       const int weight_batch = batch * params.batch_weight;
       const int token0 = row * kTokens;
       const int output0 = column * Tile::kOutputs;
-      for (int i = 0; i < share.count; ++i) {
-        const int depth = (share.first + i) * Tile::kDepth;
+      for (int i = 0; i < work.share.count; ++i) {
+        const int depth = (work.share.first + i) * Tile::kDepth;
         BarrierWait(Tile::Empty(shared, at.stage), at.phase ^ 1);
         if (ElectOne()) {
           const uint32_t barrier = Tile::Full(shared, at.stage);
@@ -129,13 +108,31 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles>::kThreads, 1)
   const int g = lane / 4;
   const int t = lane % 4;
   Consumer consumer(shared, group_shift, has_zeros);
-  for (unsigned tile = first_tile; tile < order.count; tile += tile_step) {
+  const unsigned items = Tile::kMma ? 1 : work.items;  // few rows are one tile a CTA
+#pragma unroll 1
+  for (unsigned item = 0; item < items; ++item) {
+    work.Next();
     float acc[kTiles][kTokens / 2];
-    consumer.Accumulate(share, acc);
+    __builtin_assume(work.share.count > 0);  // or ptxas serializes what follows
+    consumer.Accumulate(work.share, acc);
 
     unsigned batch, row, column;
-    order.Find(tile, &batch, &row, &column);
+    order.Find(work.tile, &batch, &row, &column);
     const unsigned blocks = blocks_of(row);
+    if (!Tile::kMma && work.slot >= 0) {
+      float4* part = static_cast<float4*>(p.buffers.workspace) +
+                     (int64_t{work.slot} * (kTokens / 8) * Tile::kTeamWarps + warp) * kTiles * 32 +
+                     lane;
+#pragma unroll
+      for (int b = 0; b < kTokens / 8; ++b) {
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) {
+          part[(b * Tile::kTeamWarps * kTiles + j) * 32] =
+              make_float4(acc[j][4 * b], acc[j][4 * b + 1], acc[j][4 * b + 2], acc[j][4 * b + 3]);
+        }
+      }
+      continue;
+    }
     EpilogueParams epilogue = MakeEpilogue(p, batch);
     if (epilogue.partials) epilogue.WriteOnly(split * p.batch * p.size());
     const int64_t output0 = static_cast<int64_t>(column) * Tile::kOutputs;
@@ -145,15 +142,13 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles>::kThreads, 1)
                                   g % 2);
 #pragma unroll
       for (int b = 0; b < kTokens / 8; ++b) {
-        if (b < blocks) {
-          float v[kTiles][4];
+        float v[kTiles][4];
 #pragma unroll
-          for (int j = 0; j < kTiles; ++j) {
+        for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) v[j][i] = acc[j][4 * b + i];
-          }
-          half.template Store<false>(epilogue, v, token + 8 * b);
+          for (int i = 0; i < 4; ++i) v[j][i] = acc[j][4 * b + i];
         }
+        half.template Store<false>(epilogue, v, token + 8 * b);
       }
       continue;
     }
@@ -236,6 +231,53 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles>::kThreads, 1)
 #endif
 }
 
+// Adds the parts of each tile of the tail, and finishes it. A CTA has eight tokens of a tile, its
+// warps what warps of the kernel before had of them.
+template <int kTokens, int kTiles>
+__global__ void __launch_bounds__(32 * TmaTile<kTokens, kTiles>::kTeamWarps)
+    FinishTailKernel(const __grid_constant__ AwqGemmParams p, unsigned steps, unsigned ctas) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using Tile = TmaTile<kTokens, kTiles>;
+  using Lane = TmaLane<kTokens, kTiles>;
+  constexpr int kBlocks = kTokens / 8;
+  const int warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  const TmaTileOrder order(p, kTokens, Tile::kOutputs);
+  const StreamK stream(order.count, steps, ctas);
+  const unsigned tail_tile = blockIdx.x / kBlocks;
+  const unsigned block = blockIdx.x % kBlocks;
+  unsigned batch, row, column;
+  order.Find(stream.whole + tail_tile, &batch, &row, &column);
+  const int64_t token0 = static_cast<int64_t>(row) * kTokens + 8 * block;
+  if (token0 >= p.m) return;
+
+  float4 sums[kTiles] = {};
+  for (unsigned cta = stream.FirstOf(tail_tile); cta < ctas; ++cta) {
+    const Share share = stream.Of(cta);
+    if (share.first >= (tail_tile + 1) * steps) break;
+    if (share.count == 0) continue;
+    const float4* part =
+        static_cast<const float4*>(p.buffers.workspace) +
+        ((int64_t{StreamK::Slot(cta, tail_tile)} * kBlocks + block) * Tile::kTeamWarps + warp) *
+            kTiles * 32 +
+        lane;
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) Add(sums[j], part[32 * j]);
+  }
+  float v[kTiles][4];
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+    v[j][0] = sums[j].x, v[j][1] = sums[j].y, v[j][2] = sums[j].z, v[j][3] = sums[j].w;
+  }
+  const EpilogueParams epilogue = MakeEpilogue(p, batch);
+  const bool odd = lane / 4 % 2;
+  const HalfWord<kTiles> half(epilogue,
+                              static_cast<int64_t>(column) * Tile::kOutputs + 8 * Lane::Word(warp),
+                              Lane::Byte(warp), odd);
+  half.template Store<true>(epilogue, v, token0 + 2 * (lane % 4) + odd);
+#endif
+}
+
 // Three-dimensional tensor maps: batch, rows, columns, the columns contiguous.
 class TensorMaps {
  public:
@@ -288,6 +330,7 @@ cudaError_t LaunchTmaTile(const AwqGemmPlan& plan, const AwqGemmParams& p, cudaS
   params.x_rows = static_cast<int>(std::min<int64_t>(kTokens, (p.m + 7) / 8 * 8));
   params.batch_x = p.buffers.x_stride != 0;
   params.batch_weight = w.qweight_stride != 0;
+  params.stream_k = plan.stream_k;
   params.exchange = p.cluster || Tile::kTeams > 1 || p.buffers.activation != Activation::kNone;
   const CUtensorMapDataType type = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                                              : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
@@ -312,10 +355,19 @@ cudaError_t LaunchTmaTile(const AwqGemmPlan& plan, const AwqGemmParams& p, cudaS
   const int64_t tiles =
       (p.m + kTokens - 1) / kTokens * ((p.outputs + Tile::kOutputs - 1) / Tile::kOutputs) * p.batch;
   const bool persistent = p.splits == 1 && !params.exchange;
-  const int64_t ctas = persistent ? std::min<int64_t>(tiles, plan.resident_ctas) : tiles * p.splits;
-  return LaunchClusters(AwqGemmTmaKernel<T, S, kTokens, kTiles>, params, p.cluster_size(),
-                        dim3(static_cast<unsigned>(ctas)), Tile::kThreads, Tile::kSharedBytes,
-                        stream);
+  const int64_t resident = plan.resident_ctas;
+  const int64_t ctas = plan.stream_k ? resident
+                       : persistent  ? std::min(tiles, resident)
+                                     : tiles * p.splits;
+  const cudaError_t error =
+      LaunchClusters(AwqGemmTmaKernel<T, S, kTokens, kTiles>, params, p.cluster_size(),
+                     dim3(static_cast<unsigned>(ctas)), Tile::kThreads, Tile::kSharedBytes, stream);
+  if (error != cudaSuccess || !plan.stream_k || tiles % resident == 0) return error;
+  FinishTailKernel<kTokens, kTiles>
+      <<<static_cast<unsigned>(tiles % resident * (kTokens / 8)), 32 * Tile::kTeamWarps, 0,
+         stream>>>(p, static_cast<unsigned>((p.contraction + Tile::kDepth - 1) / Tile::kDepth),
+                   static_cast<unsigned>(resident));
+  return cudaGetLastError();
 }
 
 template <typename T, typename S>
