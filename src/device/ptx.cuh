@@ -146,12 +146,6 @@ __device__ __forceinline__ void NamedBarrierSync() {
   asm volatile("barrier.sync %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
 }
 
-// One side of a barrier of kThreads threads, of which the other side waits for it.
-template <int kBarrier, int kThreads>
-__device__ __forceinline__ void NamedBarrierArrive() {
-  asm volatile("barrier.arrive %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
-}
-
 #if __CUDA_ARCH__ >= 900
 // Every thread of the cluster arrives and waits; shared memory written before is seen after.
 __device__ __forceinline__ void ClusterArrive() {
@@ -200,11 +194,12 @@ __device__ __forceinline__ void BarrierArrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Arrives at the barrier at the same address of cluster member `rank`.
+// Arrives at the barrier at the same address of cluster member `rank`: this thread has read what the
+// member wants to overwrite. Says nothing of writes: with .release.cluster ptxas puts a MEMBAR in
+// front, which waits for all memory, hundreds of clocks in every stage of a pipeline.
 __device__ __forceinline__ void BarrierArriveAt(uint32_t barrier, uint32_t rank) {
-  asm volatile(
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(MapToRank(barrier, rank))
-      : "memory");
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(MapToRank(barrier, rank))
+               : "memory");
 }
 
 __device__ __forceinline__ void BarrierArriveExpecting(uint32_t barrier, uint32_t bytes) {

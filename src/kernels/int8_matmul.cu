@@ -85,8 +85,8 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t batch = i / p.size();
   const int64_t row = i % p.size() / p.n;
   const Int8Epilogue epilogue = MakeEpilogue(p, batch, 0);
-  const FourColumns four(epilogue, i % p.n, true);
-  four.Finish<true>(epilogue, row, epilogue.RowScale(row), sum);
+  const FourColumns four(epilogue, i % p.n);
+  four.Finish(epilogue, row, epilogue.RowScale(row), sum);
 }
 
 cudaError_t FinishSums(const Int8MatmulParams& p, cudaStream_t stream) {
