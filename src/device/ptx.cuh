@@ -146,6 +146,20 @@ __device__ __forceinline__ void NamedBarrierSync() {
   asm volatile("barrier.sync %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
 }
 
+// Lets a kernel that overlaps this one (launch_clusters.h) start when all CTAs have come here, or
+// waits in such a kernel until the one before it is done and what it wrote is there (9.7.13.13,
+// griddepcontrol). Neither does anything where no kernel overlaps, or before sm_90.
+__device__ __forceinline__ void StartKernelBehind() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void WaitForKernelBefore() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 #if __CUDA_ARCH__ >= 900
 // Every thread of the cluster arrives and waits; shared memory written before is seen after.
 __device__ __forceinline__ void ClusterArrive() {
@@ -194,9 +208,9 @@ __device__ __forceinline__ void BarrierArrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Arrives at the barrier at the same address of cluster member `rank`: this thread has read what the
-// member wants to overwrite. Says nothing of writes: with .release.cluster ptxas puts a MEMBAR in
-// front, which waits for all memory, hundreds of clocks in every stage of a pipeline.
+// Arrives at the barrier at the same address of cluster member `rank`: this thread has read what
+// the member wants to overwrite. Says nothing of writes: with .release.cluster ptxas puts a MEMBAR
+// in front, which waits for all memory, hundreds of clocks in every stage of a pipeline.
 __device__ __forceinline__ void BarrierArriveAt(uint32_t barrier, uint32_t rank) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(MapToRank(barrier, rank))
                : "memory");

@@ -24,6 +24,7 @@ struct Int8TmaParams {
   int a_rows;            // of a box of a
   int batch_a, batch_b;  // 1 where every batch entry has its own, 0 where all share one
   int cluster;
+  bool widened;  // a comes from the kernel before
 };
 
 template <int kTokens, bool kPacked>
@@ -225,10 +226,17 @@ __global__ void __launch_bounds__(Int8Tile<kTokens, kPacked>::kThreads, 1)
   __syncthreads();
   if (cluster > 1) ClusterSync();
 
+  StartKernelBehind();
+
   if (warp >= Tile::kConsumerWarps) {
     ReleaseRegisters<40>();
     if (warp != Tile::kConsumerWarps) return;
     const uint32_t bytes = params.a_rows * cluster * Tile::kDepth + Tile::kBBytes;
+    auto begin = [&](int stage, int output, int step, int batch) {
+      BarrierArriveExpecting(Tile::Full(shared, stage), bytes);
+      CopyBox(Tile::B(shared, stage), &params.b, output, step * Tile::kBRows, batch,
+              Tile::Full(shared, stage));
+    };
     StageCounter<Tile::kStages> at;
     for (unsigned tile = first_tile; tile < order.count; tile += tile_step) {
       unsigned split, batch, row, column;
@@ -239,14 +247,19 @@ __global__ void __launch_bounds__(Int8Tile<kTokens, kPacked>::kThreads, 1)
       const int own_rows = rank * params.a_rows;  // within the tile
       const int token = row * kTokens + own_rows;
       const int output = (column * cluster + rank) * Tile::kOutputs;
+      int begun = 0;
+      if (params.widened && tile == first_tile) {  // b comes while a is still written
+        for (; begun < min(share.count, Tile::kStages); ++begun) {
+          if (ElectOne()) begin(begun, output, share.first + begun, b_batch);
+        }
+        WaitForKernelBefore();
+      }
       for (int i = 0; i < share.count; ++i) {
         const int step = share.first + i;
         BarrierWait(Tile::Empty(shared, at.stage), at.phase ^ 1);
         if (ElectOne()) {
+          if (i >= begun) begin(at.stage, output, step, b_batch);
           const uint32_t barrier = Tile::Full(shared, at.stage);
-          BarrierArriveExpecting(barrier, bytes);
-          CopyBox(Tile::B(shared, at.stage), &params.b, output, step * Tile::kBRows, b_batch,
-                  barrier);
           const uint32_t to = Tile::A(shared, at.stage) + own_rows * Tile::kDepth;
           if (cluster == 1) {
             CopyBox(to, &params.a, step * Tile::kDepth, token, a_batch, barrier);
@@ -309,6 +322,7 @@ cudaError_t LaunchTile(const Int8MatmulPlan& plan, const Int8MatmulParams& p, co
   Int8TmaParams params = {};
   params.p = p;
   params.cluster = plan.cluster;
+  params.widened = plan.widen;
   params.a_rows = plan.cluster > 1
                       ? kTokens / plan.cluster
                       : static_cast<int>(std::min<int64_t>(kTokens, (p.m + 7) / 8 * 8));
@@ -329,7 +343,7 @@ cudaError_t LaunchTile(const Int8MatmulPlan& plan, const Int8MatmulParams& p, co
   const int64_t clusters = std::min<int64_t>(tiles, plan.sm_count / plan.cluster);
   return LaunchClusters(Int8MatmulTmaKernel<kTokens, kPacked>, params, plan.cluster,
                         dim3(static_cast<unsigned>(clusters * plan.cluster)), Tile::kThreads,
-                        Tile::kSharedBytes, stream);
+                        Tile::kSharedBytes, stream, plan.widen);
 }
 
 template <bool kPacked>
