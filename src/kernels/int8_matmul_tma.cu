@@ -21,7 +21,7 @@ namespace {
 struct Int8TmaParams {
   CUtensorMap a, b;
   Int8MatmulParams p;
-  int a_rows;            // of a box of a
+  int a_rows;            // of a box of a, of which each member has one
   int batch_a, batch_b;  // 1 where every batch entry has its own, 0 where all share one
   int cluster;
   bool widened;  // a comes from the kernel before
@@ -323,9 +323,10 @@ cudaError_t LaunchTile(const Int8MatmulPlan& plan, const Int8MatmulParams& p, co
   params.p = p;
   params.cluster = plan.cluster;
   params.widened = plan.widen;
-  params.a_rows = plan.cluster > 1
-                      ? kTokens / plan.cluster
-                      : static_cast<int>(std::min<int64_t>(kTokens, (p.m + 7) / 8 * 8));
+  // No more rows than there are: copying what lies outside of a takes long.
+  const int64_t step = 8 * plan.cluster;
+  params.a_rows =
+      static_cast<int>(std::min<int64_t>(kTokens, (p.m + step - 1) / step * step)) / plan.cluster;
   params.batch_a = p.buffers.a_stride != 0;
   params.batch_b = p.buffers.b_stride != 0;
   const int64_t columns = plan.widen ? plan.padded_k : p.k;
