@@ -224,8 +224,10 @@ __global__ void __launch_bounds__(Int8Tile<kTokens, kPacked>::kThreads, 1)
     BarrierInitFence();
   }
   __syncthreads();
-  if (cluster > 1) ClusterSync();
-
+  if (cluster > 1) {  // the fence above is release enough for barriers
+    ClusterArriveRelaxed();
+    ClusterWait();
+  }
   StartKernelBehind();
 
   if (warp >= Tile::kConsumerWarps) {
