@@ -67,15 +67,14 @@ __device__ __forceinline__ void FinishOne(const Int8Epilogue& p, int64_t row, in
 
 // Four neighbouring columns, the first a multiple of four as N is.
 struct FourColumns {
-  __device__ FourColumns(const Int8Epilogue& p, int64_t column, bool valid) : column(column) {
+  __device__ FourColumns(const Int8Epilogue& p, int64_t column) : column(column) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      scale[i] = valid ? p.ColumnScale(column + i) : 0.0f;
-      bias[i] = valid ? p.Bias(column + i) : 0.0f;
+      scale[i] = p.ColumnScale(column + i);
+      bias[i] = p.Bias(column + i);
     }
   }
 
-  template <bool kActivate>
   __device__ void Finish(const Int8Epilogue& p, int64_t row, float row_scale, int4 sum) const {
     const int64_t at = row * p.n + column;
     sum.x >>= p.shift, sum.y >>= p.shift, sum.z >>= p.shift, sum.w >>= p.shift;
@@ -87,10 +86,8 @@ struct FourColumns {
                   ScaleSum(sum.y, row_scale, scale[1], bias[1]),
                   ScaleSum(sum.z, row_scale, scale[2], bias[2]),
                   ScaleSum(sum.w, row_scale, scale[3], bias[3])};
-    if constexpr (kActivate) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) v[i] = Activate(v[i], p.activation);
-    }
+    for (int i = 0; i < 4; ++i) v[i] = Activate(v[i], p.activation);
     if (p.out_dtype == DType::kF32) {
       *reinterpret_cast<float4*>(static_cast<float*>(p.y) + at) =
           make_float4(v[0], v[1], v[2], v[3]);

@@ -20,7 +20,7 @@ struct Int8Tile {
   static constexpr int kABytes = kTokens * kDepth;
   static constexpr int kBRows = kPacked ? kDepth / 2 : kDepth;
   static constexpr int kBBytes = kBRows * kOutputs;
-  // Sums of a warp on their way to y: 64 tokens x 16 outputs.
+  // Sums of a warp on their way to an activation: 64 tokens x 16 outputs.
   static constexpr int kStagedBytes = 64 * 16 * 4;
   static constexpr int kAlignment = 1024;  // dynamic shared memory may start anywhere
 
@@ -64,10 +64,10 @@ class Int8Fragments {
     const int k =
         kPacked ? 8 * matrix + row
                 : 16 * (matrix / 2) + 4 * (row / 2) + row % 2 + 2 * (matrix % 2 ^ upper_lanes);
-    offset_ = k * 128 + ((warp ^ k % 8) << 4);
+    offset_ = KeepInRegister(k * 128 + ((warp ^ k % 8) << 4));
     const bool swapped = !kPacked && lane % 4 >= 2;
-    even_ = kPacked ? 0x6240 : swapped ? 0x2064 : 0x6420;
-    odd_ = kPacked ? 0x7351 : swapped ? 0x3175 : 0x7531;
+    even_ = kPacked ? 0x6240 : KeepInRegister(swapped ? 0x2064 : 0x6420);
+    odd_ = kPacked ? 0x7351 : KeepInRegister(swapped ? 0x3175 : 0x7531);
   }
 
   __device__ void Load(uint32_t b) {

@@ -146,10 +146,18 @@ __device__ __forceinline__ void NamedBarrierSync() {
   asm volatile("barrier.sync %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
 }
 
-// One side of a barrier of kThreads threads, of which the other side waits for it.
-template <int kBarrier, int kThreads>
-__device__ __forceinline__ void NamedBarrierArrive() {
-  asm volatile("barrier.arrive %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
+// Lets a kernel that overlaps this one (launch_clusters.h) start when all CTAs have come here, or
+// waits in such a kernel until the one before it is done and what it wrote is there (9.7.13.13,
+// griddepcontrol). Neither does anything where no kernel overlaps, or before sm_90.
+__device__ __forceinline__ void StartKernelBehind() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void WaitForKernelBefore() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 #if __CUDA_ARCH__ >= 900
@@ -200,11 +208,12 @@ __device__ __forceinline__ void BarrierArrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Arrives at the barrier at the same address of cluster member `rank`.
+// Arrives at the barrier at the same address of cluster member `rank`: this thread has read what
+// the member wants to overwrite. Says nothing of writes: with .release.cluster ptxas puts a MEMBAR
+// in front, which waits for all memory, hundreds of clocks in every stage of a pipeline.
 __device__ __forceinline__ void BarrierArriveAt(uint32_t barrier, uint32_t rank) {
-  asm volatile(
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(MapToRank(barrier, rank))
-      : "memory");
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(MapToRank(barrier, rank))
+               : "memory");
 }
 
 __device__ __forceinline__ void BarrierArriveExpecting(uint32_t barrier, uint32_t bytes) {

@@ -3,10 +3,9 @@
 
 #include <cuda_runtime.h>
 
-#include <type_traits>
-
 #include "device/epilogue.cuh"
 #include "kernels/awq_gemm.h"
+#include "kernels/launch_clusters.h"
 
 namespace jax_awq {
 
@@ -82,35 +81,6 @@ __device__ __forceinline__ EpilogueParams MakeEpilogue(const AwqGemmParams& p, i
   e.bias_dtype = buf.bias_dtype;
   e.activation = buf.activation;
   return e;
-}
-
-// Launches with `cluster` CTAs along x in a thread block cluster.
-template <typename Params>
-cudaError_t LaunchClusters(void (*kernel)(Params), const std::remove_const_t<Params>& params,
-                           int cluster, dim3 grid, int threads, int shared_bytes,
-                           cudaStream_t stream) {
-  if (shared_bytes > 48 * 1024) {
-    // Sets a property of the kernel on the current device: cheap, and no stream work.
-    if (cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                             shared_bytes)) {
-      return e;
-    }
-  }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  cudaLaunchAttribute attribute;
-  if (cluster > 1) {
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = cluster;
-    attribute.val.clusterDim.y = 1;
-    attribute.val.clusterDim.z = 1;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-  }
-  return cudaLaunchKernelEx(&config, kernel, params);
 }
 
 }  // namespace jax_awq

@@ -3,7 +3,9 @@
 
 #include <algorithm>
 
+#include "device/ptx.cuh"
 #include "kernels/int8_matmul_launch.cuh"
+#include "kernels/launch_clusters.h"
 
 namespace jax_awq {
 namespace {
@@ -16,6 +18,7 @@ template <bool kPacked>
 __global__ void __launch_bounds__(kThreads)
     WidenKernel(const uint8_t* a, uint4* to, int64_t rows, int64_t k, int64_t columns,
                 int64_t padded, bool aligned) {
+  StartKernelBehind();
   const int64_t chunks = padded / 16;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= rows * chunks) return;
@@ -75,6 +78,7 @@ cudaError_t Widen(const Int8MatmulPlan& plan, const Int8MatmulParams& p, cudaStr
 // y = finish(sum over splits); a thread has four columns. Integers, so any order gives these bits.
 __global__ void __launch_bounds__(kThreads)
     FinishSumsKernel(const __grid_constant__ Int8MatmulParams p) {
+  WaitForKernelBefore();
   const int64_t i = 4 * (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x);
   if (i >= p.batch * p.size()) return;
   int4 sum = make_int4(0, 0, 0, 0);
@@ -85,14 +89,14 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t batch = i / p.size();
   const int64_t row = i % p.size() / p.n;
   const Int8Epilogue epilogue = MakeEpilogue(p, batch, 0);
-  const FourColumns four(epilogue, i % p.n, true);
-  four.Finish<true>(epilogue, row, epilogue.RowScale(row), sum);
+  const FourColumns four(epilogue, i % p.n);
+  four.Finish(epilogue, row, epilogue.RowScale(row), sum);
 }
 
 cudaError_t FinishSums(const Int8MatmulParams& p, cudaStream_t stream) {
   const int64_t blocks = (p.batch * p.size() / 4 + kThreads - 1) / kThreads;
-  FinishSumsKernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(p);
-  return cudaGetLastError();
+  return LaunchClusters(FinishSumsKernel, p, 1, dim3(static_cast<unsigned>(blocks)), kThreads, 0,
+                        stream, true);
 }
 
 cudaError_t Launch(const Int8MatmulPlan& plan, const Int8MatmulParams& p, cudaStream_t stream) {

@@ -6,12 +6,14 @@
 #include <cuda.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "device/int8_tile.cuh"
 #include "device/tma_tile.cuh"
 #include "device/wgmma.cuh"
-#include "kernels/awq_gemm_tma.cuh"  // TensorMaps
 #include "kernels/int8_matmul_launch.cuh"
+#include "kernels/launch_clusters.h"
+#include "kernels/tensor_maps.h"
 
 namespace jax_awq {
 namespace {
@@ -19,11 +21,10 @@ namespace {
 struct Int8TmaParams {
   CUtensorMap a, b;
   Int8MatmulParams p;
-  int a_rows;            // of a box of a
+  int a_rows;            // of a box of a, of which each member has one
   int batch_a, batch_b;  // 1 where every batch entry has its own, 0 where all share one
-  int shift;
   int cluster;
-  int lead;  // stages
+  bool widened;  // a comes from the kernel before
 };
 
 template <int kTokens, bool kPacked>
@@ -35,12 +36,13 @@ class Int8Consumer {
       : fragments_(threadIdx.x / 32, threadIdx.x % 32), shared_(shared), cluster_(cluster) {}
 
   // Sums over `count` stages: acc[4 b + 2 h + i] of output 2 g + h of the warp's 16, token
-  // 8 b + 2 t + i. Tells the other warpgroup when `signal` stages are begun.
-  __device__ __forceinline__ void Accumulate(int count, int signal, int32_t (&acc)[kTokens / 2]) {
+  // 8 b + 2 t + i.
+  __device__ __forceinline__ void Accumulate(int count, int32_t (&acc)[kTokens / 2]) {
 #pragma unroll
     for (int i = 0; i < kTokens / 2; ++i) acc[i] = 0;
     PinRegisters(acc);
     WgmmaFence();
+    const uint64_t first = SwizzledRows(Tile::A(shared_, 0));
     uint32_t a[2][4];
     int previous = -1;
 #pragma unroll 1
@@ -48,7 +50,7 @@ class Int8Consumer {
       const int stage = at_.stage;
       BarrierWait(Tile::Full(shared_, stage), at_.phase);
       fragments_.Load(Tile::B(shared_, stage));
-      const uint32_t tokens = Tile::A(shared_, stage);
+      const uint64_t tokens = first + (stage * Tile::kABytes >> 4);  // descriptors count 16 bytes
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
         // All but the newest wgmma are done: these registers are free again.
@@ -57,10 +59,9 @@ class Int8Consumer {
         fragments_.Get(s, a[s % 2]);
         PinRegisters(a[s % 2]);  // or its bytes are picked behind the fence
         WgmmaFence();
-        WgmmaS8<kTokens>(acc, a[s % 2], SwizzledRows(tokens + 32 * s));
+        WgmmaS8<kTokens>(acc, a[s % 2], tokens + 2 * s);
         WgmmaCommit();
       }
-      if (i == signal) NamedBarrierArrive<1, 256>();
       previous = stage;
       at_.Advance();
     }
@@ -83,17 +84,91 @@ class Int8Consumer {
   StageCounter<Tile::kStages> at_;
 };
 
-// A warp's sums to y, 64 tokens at a time through shared memory, so that four lanes hold 16
-// consecutive outputs.
-template <bool kActivate, int kTokens>
-__device__ __forceinline__ void StoreSums(const Int8Epilogue& epilogue, uint32_t staged,
-                                          int64_t token0, int tokens, int64_t output0,
+// What the epilogue multiplies a warp's sums with and adds, on its way while they are computed.
+template <int kTokens>
+class Int8Scales {
+ public:
+  // A lane has two neighbouring outputs and tokens lane, lane + 32, ...
+  __device__ __forceinline__ void Fetch(const Int8Epilogue& epilogue, int64_t token0, int tokens,
+                                        int64_t output0) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < kTokens / 32; ++i) {
+      const int token = 32 * i + lane;
+      rows_[i] = token < tokens ? epilogue.RowScale(token0 + token) : 0.0f;
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int64_t column = output0 + 2 * (lane / 4) + h;
+      const bool valid = output0 < epilogue.n;
+      column_scale[h] = valid ? epilogue.ColumnScale(column) : 0.0f;
+      bias[h] = valid ? epilogue.Bias(column) : 0.0f;
+    }
+  }
+
+  // `block`: of eight tokens. All lanes of a warp ask.
+  __device__ __forceinline__ float Row(int block, int token) const {
+    return __shfl_sync(~0u, rows_[block / 4], 8 * (block % 4) + token);
+  }
+
+  float column_scale[2], bias[2];
+
+ private:
+  float rows_[kTokens / 32];
+};
+
+enum class Int8Output : uint8_t { kSums, kF32, kF16, kBF16 };
+
+// A warp's sums to y. Eight lanes have two neighbouring outputs of a token each: whole sectors.
+template <Int8Output kOutput, int kTokens>
+__device__ __forceinline__ void StoreSums(const Int8Epilogue& epilogue,
+                                          const Int8Scales<kTokens>& scales, int64_t token0,
+                                          int tokens, int64_t output0,
                                           const int32_t (&acc)[kTokens / 2]) {
+  constexpr bool kWide = kOutput == Int8Output::kSums || kOutput == Int8Output::kF32;
+  constexpr int kBytes = kWide ? 4 : 2;
+  const int g = threadIdx.x % 32 / 4;
+  const int t = threadIdx.x % 4;
+  const int64_t row_bytes = kBytes * epilogue.n;
+  char* to =
+      static_cast<char*>(epilogue.y) + (token0 + 2 * t) * row_bytes + kBytes * (output0 + 2 * g);
+#pragma unroll
+  for (int b = 0; b < kTokens / 8; ++b) {
+    if (8 * b >= tokens) break;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int32_t sums[2] = {acc[4 * b + i] >> epilogue.shift,
+                               acc[4 * b + i + 2] >> epilogue.shift};
+      const bool store = 8 * b + 2 * t + i < tokens;
+      char* at = to + i * row_bytes;
+      if constexpr (kOutput == Int8Output::kSums) {
+        if (store) *reinterpret_cast<int2*>(at) = make_int2(sums[0], sums[1]);
+        continue;
+      }
+      const float row_scale = scales.Row(b, 2 * t + i);
+      const float v0 = ScaleSum(sums[0], row_scale, scales.column_scale[0], scales.bias[0]);
+      const float v1 = ScaleSum(sums[1], row_scale, scales.column_scale[1], scales.bias[1]);
+      if constexpr (kOutput == Int8Output::kF32) {
+        if (store) *reinterpret_cast<float2*>(at) = make_float2(v0, v1);
+      } else {
+        constexpr DType kType = kOutput == Int8Output::kF16 ? DType::kF16 : DType::kBF16;
+        if (store) *reinterpret_cast<uint32_t*>(at) = PackPair(v0, v1, kType);
+      }
+    }
+    to += 8 * row_bytes;
+  }
+}
+
+// As above with an activation, whose code is large and so is there once: 64 tokens at a time
+// through shared memory, so that four lanes hold 16 consecutive outputs.
+template <int kTokens>
+__device__ __forceinline__ void StoreActivated(const Int8Epilogue& epilogue, uint32_t staged,
+                                               int64_t token0, int tokens, int64_t output0,
+                                               const int32_t (&acc)[kTokens / 2]) {
   const int lane = threadIdx.x % 32;
   const int g = lane / 4;
   const int t = lane % 4;
-  const bool valid = output0 + 4 * t < epilogue.n;
-  const FourColumns four(epilogue, output0 + 4 * t, valid);
+  const FourColumns four(epilogue, output0 + 4 * t);
 #pragma unroll
   for (int pass = 0; pass < kTokens / 64; ++pass) {
     if (64 * pass >= tokens) break;
@@ -109,16 +184,15 @@ __device__ __forceinline__ void StoreSums(const Int8Epilogue& epilogue, uint32_t
       }
     }
     __syncwarp();
-    constexpr int kUnroll = kActivate ? 1 : 4;
-#pragma unroll kUnroll
+#pragma unroll 1
     for (int i = 0; i < 8; ++i) {
       const int row = 8 * i + g;
-      if (64 * pass + row < tokens && valid) {
+      if (64 * pass + row < tokens) {
         uint32_t sums[4];
         LoadShared(sums, staged + row * 64 + ((t ^ row / 2 % 4) << 4));
         const int64_t token = token0 + 64 * pass + row;
-        four.template Finish<kActivate>(epilogue, token, epilogue.RowScale(token),
-                                        make_int4(sums[0], sums[1], sums[2], sums[3]));
+        four.Finish(epilogue, token, epilogue.RowScale(token),
+                    make_int4(sums[0], sums[1], sums[2], sums[3]));
       }
     }
   }
@@ -134,7 +208,7 @@ __global__ void __launch_bounds__(Int8Tile<kTokens, kPacked>::kThreads, 1)
   const uint32_t shared =
       (SharedAddress(unaligned) + Tile::kAlignment - 1) / Tile::kAlignment * Tile::kAlignment;
 
-  const int warp = threadIdx.x / 32;
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // known to be uniform
   const unsigned cluster = params.cluster;
   const unsigned rank = blockIdx.x % cluster;
   const Int8TileOrder order(p.m, p.n, p.batch, p.splits, kTokens, Tile::kOutputs * cluster);
@@ -150,12 +224,21 @@ __global__ void __launch_bounds__(Int8Tile<kTokens, kPacked>::kThreads, 1)
     BarrierInitFence();
   }
   __syncthreads();
-  if (cluster > 1) ClusterSync();
+  if (cluster > 1) {  // the fence above is release enough for barriers
+    ClusterArriveRelaxed();
+    ClusterWait();
+  }
+  StartKernelBehind();
 
   if (warp >= Tile::kConsumerWarps) {
     ReleaseRegisters<40>();
-    if (threadIdx.x != 32 * Tile::kConsumerWarps) return;
+    if (warp != Tile::kConsumerWarps) return;
     const uint32_t bytes = params.a_rows * cluster * Tile::kDepth + Tile::kBBytes;
+    auto begin = [&](int stage, int output, int step, int batch) {
+      BarrierArriveExpecting(Tile::Full(shared, stage), bytes);
+      CopyBox(Tile::B(shared, stage), &params.b, output, step * Tile::kBRows, batch,
+              Tile::Full(shared, stage));
+    };
     StageCounter<Tile::kStages> at;
     for (unsigned tile = first_tile; tile < order.count; tile += tile_step) {
       unsigned split, batch, row, column;
@@ -166,19 +249,27 @@ __global__ void __launch_bounds__(Int8Tile<kTokens, kPacked>::kThreads, 1)
       const int own_rows = rank * params.a_rows;  // within the tile
       const int token = row * kTokens + own_rows;
       const int output = (column * cluster + rank) * Tile::kOutputs;
+      int begun = 0;
+      if (params.widened && tile == first_tile) {  // b comes while a is still written
+        for (; begun < min(share.count, Tile::kStages); ++begun) {
+          if (ElectOne()) begin(begun, output, share.first + begun, b_batch);
+        }
+        WaitForKernelBefore();
+      }
       for (int i = 0; i < share.count; ++i) {
         const int step = share.first + i;
         BarrierWait(Tile::Empty(shared, at.stage), at.phase ^ 1);
-        const uint32_t barrier = Tile::Full(shared, at.stage);
-        BarrierArriveExpecting(barrier, bytes);
-        CopyBox(Tile::B(shared, at.stage), &params.b, output, step * Tile::kBRows, b_batch,
-                barrier);
-        const uint32_t to = Tile::A(shared, at.stage) + own_rows * Tile::kDepth;
-        if (cluster == 1) {
-          CopyBox(to, &params.a, step * Tile::kDepth, token, a_batch, barrier);
-        } else {
-          CopyBoxToMembers(to, &params.a, step * Tile::kDepth, token, a_batch, barrier, 3);
+        if (ElectOne()) {
+          if (i >= begun) begin(at.stage, output, step, b_batch);
+          const uint32_t barrier = Tile::Full(shared, at.stage);
+          const uint32_t to = Tile::A(shared, at.stage) + own_rows * Tile::kDepth;
+          if (cluster == 1) {
+            CopyBox(to, &params.a, step * Tile::kDepth, token, a_batch, barrier);
+          } else {
+            CopyBoxToMembers(to, &params.a, step * Tile::kDepth, token, a_batch, barrier, 3);
+          }
         }
+        __syncwarp();
         at.Advance();
       }
     }
@@ -187,35 +278,37 @@ __global__ void __launch_bounds__(Int8Tile<kTokens, kPacked>::kThreads, 1)
 
   AcquireRegisters<232>();
   Int8Consumer<kTokens, kPacked> consumer(shared, cluster);
-  // One warpgroup starts ahead of the other and stays ahead: it stores its results while the other
-  // still multiplies, and multiplies while the other stores.
-  int signal = -1;
-  if (params.lead > 0) {
-    if (warp < 4) {
-      signal = params.lead - 1;
-    } else if (first_tile < order.count) {
-      NamedBarrierSync<1, 256>();
-    }
-  }
   for (unsigned tile = first_tile; tile < order.count; tile += tile_step) {
     unsigned split, batch, row, column;
     order.Find(tile, &split, &batch, &row, &column);
     const Share share(steps, split, p.splits);
-    int32_t acc[kTokens / 2];
-    consumer.Accumulate(share.count, min(signal, share.count - 1), acc);
-    signal = -1;
-
-    Int8Epilogue epilogue = MakeEpilogue(p, batch, params.shift);
+    Int8Epilogue epilogue = MakeEpilogue(p, batch, kPacked ? kPackedShift : 0);
     if (p.partials) epilogue.WriteOnly(p.partials + (split * p.batch + batch) * p.size());
     const int64_t token0 = static_cast<int64_t>(row) * kTokens;
     const int tokens = static_cast<int>(min(p.m - token0, static_cast<int64_t>(kTokens)));
     const int64_t output0 =
         static_cast<int64_t>(column * cluster + rank) * Tile::kOutputs + 16 * warp;
-    const uint32_t staged = Tile::Staged(shared, warp);
-    if (epilogue.raw || epilogue.activation == Activation::kNone) {
-      StoreSums<false, kTokens>(epilogue, staged, token0, tokens, output0, acc);
+    Int8Scales<kTokens> scales;
+    scales.Fetch(epilogue, token0, tokens, output0);
+
+    int32_t acc[kTokens / 2];
+    consumer.Accumulate(share.count, acc);
+
+    auto store = [&](auto output) {
+      StoreSums<decltype(output)::value>(epilogue, scales, token0, tokens, output0, acc);
+    };
+    if (output0 >= p.n) {
+      // These outputs are not there, as N ends within the tile.
+    } else if (epilogue.raw) {
+      store(std::integral_constant<Int8Output, Int8Output::kSums>());
+    } else if (epilogue.activation != Activation::kNone) {
+      StoreActivated<kTokens>(epilogue, Tile::Staged(shared, warp), token0, tokens, output0, acc);
+    } else if (epilogue.out_dtype == DType::kF32) {
+      store(std::integral_constant<Int8Output, Int8Output::kF32>());
+    } else if (epilogue.out_dtype == DType::kF16) {
+      store(std::integral_constant<Int8Output, Int8Output::kF16>());
     } else {
-      StoreSums<true, kTokens>(epilogue, staged, token0, tokens, output0, acc);
+      store(std::integral_constant<Int8Output, Int8Output::kBF16>());
     }
   }
   if (cluster > 1) ClusterSync();  // nobody leaves while others arrive at its barriers
@@ -231,13 +324,13 @@ cudaError_t LaunchTile(const Int8MatmulPlan& plan, const Int8MatmulParams& p, co
   Int8TmaParams params = {};
   params.p = p;
   params.cluster = plan.cluster;
-  params.a_rows = plan.cluster > 1
-                      ? kTokens / plan.cluster
-                      : static_cast<int>(std::min<int64_t>(kTokens, (p.m + 7) / 8 * 8));
+  params.widened = plan.widen;
+  // No more rows than there are: copying what lies outside of a takes long.
+  const int64_t step = 8 * plan.cluster;
+  params.a_rows =
+      static_cast<int>(std::min<int64_t>(kTokens, (p.m + step - 1) / step * step)) / plan.cluster;
   params.batch_a = p.buffers.a_stride != 0;
   params.batch_b = p.buffers.b_stride != 0;
-  params.shift = kPacked ? kPackedShift : 0;
-  params.lead = 2;
   const int64_t columns = plan.widen ? plan.padded_k : p.k;
   if (!maps->Encode(&params.a, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, a, columns, p.m,
                     params.batch_a ? p.batch : 1, Tile::kDepth, params.a_rows,
@@ -253,7 +346,7 @@ cudaError_t LaunchTile(const Int8MatmulPlan& plan, const Int8MatmulParams& p, co
   const int64_t clusters = std::min<int64_t>(tiles, plan.sm_count / plan.cluster);
   return LaunchClusters(Int8MatmulTmaKernel<kTokens, kPacked>, params, plan.cluster,
                         dim3(static_cast<unsigned>(clusters * plan.cluster)), Tile::kThreads,
-                        Tile::kSharedBytes, stream);
+                        Tile::kSharedBytes, stream, plan.widen);
 }
 
 template <bool kPacked>

@@ -1,0 +1,52 @@
+// What the copy engine of sm_90 is told of a tensor in global memory.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace jax_awq {
+
+// Three-dimensional tensor maps: batch, rows, columns, the columns contiguous.
+class TensorMaps {
+ public:
+  // nullptr on a driver without them.
+  static const TensorMaps* Get() {
+    static const TensorMaps maps;
+    return maps.encode_ ? &maps : nullptr;
+  }
+
+  bool Encode(CUtensorMap* map, CUtensorMapDataType type, int bytes, const void* base,
+              int64_t columns, int64_t rows, int64_t batch, unsigned box_columns, unsigned box_rows,
+              CUtensorMapSwizzle swizzle) const {
+    const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows),
+                                 static_cast<cuuint64_t>(batch)};
+    const cuuint64_t strides[2] = {sizes[0] * bytes, sizes[0] * sizes[1] * bytes};
+    const cuuint32_t box[3] = {box_columns, box_rows, 1};
+    const cuuint32_t steps[3] = {1, 1, 1};
+    return encode_(map, type, 3, const_cast<void*>(base), sizes, strides, box, steps,
+                   CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  }
+
+ private:
+  TensorMaps() {
+    cudaDriverEntryPointQueryResult result;
+    void* function = nullptr;
+#if CUDART_VERSION >= 12050
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
+                                                               12000, cudaEnableDefault, &result);
+#else
+    const cudaError_t error =
+        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result);
+#endif
+    if (error == cudaSuccess && result == cudaDriverEntryPointSuccess) {
+      encode_ = reinterpret_cast<decltype(encode_)>(function);
+    }
+  }
+
+  decltype(&cuTensorMapEncodeTiled) encode_ = nullptr;
+};
+
+}  // namespace jax_awq
