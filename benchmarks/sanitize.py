@@ -25,7 +25,8 @@ from jax_awq.testing import (
 )
 from jax_awq.testing_integers import random_int_problem
 
-# M, K, N, group_size, dtype, layout, split_k_iters: 3 can be a cluster, 9 never is one.
+# M, K, N, group_size, dtype, layout, split_k_iters: 3 can be a cluster, 9 never is one. With a split
+# there is an activation, too.
 PRODUCTS = (
     (5, 320, 144, 32, jnp.float16, "gemm", 3),
     (7, 640, 272, 64, jnp.bfloat16, "gemm", 9),
@@ -35,6 +36,9 @@ PRODUCTS = (
     (5, 100, 72, -1, jnp.bfloat16, "gemm", 1),
     (20, 320, 288, 64, jnp.float16, "gemm", 3),
     (9, 640, 288, 32, jnp.bfloat16, "gemm", 1),
+    # No split is asked for: a few tiles for all processors, and more tiles than there are.
+    (140, 320, 288, 64, jnp.float16, "gemm", None),
+    (130, 64, 17440, 64, jnp.bfloat16, "gemm", None),
 )
 
 # M, K, N: every tile of int8_matmul whole and in part, K that no step divides, sums over splits.
@@ -62,7 +66,7 @@ def main() -> int:
             dtype=dtype,
             layout=layout,
             bias=True,
-            activation="silu",
+            activation="silu" if split else None,
         )
         ct = np.asarray(rng.standard_normal((m, n)), dtype)
         exact, reference = problem.float64(), problem.reference()

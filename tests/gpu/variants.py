@@ -28,6 +28,9 @@ VARIANTS = (
     "tma_128x128",
     "tma_128x256",
     "tma_256x128",
+    "stream_128x128",
+    "stream_128x256",
+    "stream_256x128",
     "wgmma_16",
     "wgmma_32",
     "wgmma_64",
@@ -38,7 +41,7 @@ VARIANTS = (
     "dequantize_dot",
     "simt",
 )
-TRANSPOSED = tuple(v for v in VARIANTS if not v.startswith(("decode", "tma")))
+TRANSPOSED = tuple(v for v in VARIANTS if not v.startswith(("decode", "tma", "stream")))
 
 
 @dataclasses.dataclass(frozen=True)
