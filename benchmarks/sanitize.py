@@ -25,8 +25,8 @@ from jax_awq.testing import (
 )
 from jax_awq.testing_integers import random_int_problem
 
-# M, K, N, group_size, dtype, layout, split_k_iters: 3 can be a cluster, 9 never is one. With a split
-# there is an activation, too.
+# M, K, N, group_size, dtype, layout, split_k_iters: 3 can be a cluster, 9 never is one. Where there
+# is a split, there is an activation, too.
 PRODUCTS = (
     (5, 320, 144, 32, jnp.float16, "gemm", 3),
     (7, 640, 272, 64, jnp.bfloat16, "gemm", 9),

@@ -118,8 +118,8 @@ def plan_arguments(**changes) -> dict:
     arguments = {
         "m": 4, "n": 4096, "k": 4096, "batch": 1, "group_size": 128, "layout": "gemm",
         "x_dtype": "float16", "scales_dtype": "float16", "out_dtype": "float16",
-        "has_zeros": True, "has_activation": False, "transpose": False, "split_k": 0, "variant": "", "arch": 90,
-        "sm_count": 132,
+        "has_zeros": True, "has_activation": False, "transpose": False, "split_k": 0,
+        "variant": "", "arch": 90, "sm_count": 132,
     }  # fmt: skip
     return arguments | changes
 

@@ -69,9 +69,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _impls(op: str, wanted: list[str] | None) -> list[str]:
-    """Those named, or all that run here."""
+    """Those named, or all that run here and do not ask to be named."""
     if wanted is None:
-        return [name for name in IMPLS[op] if name != "read" or can_read()]
+        return [
+            name
+            for name, impl in IMPLS[op].items()
+            if not impl.on_request and (name != "read" or can_read())
+        ]
     if "read" in wanted and not can_read():
         raise SystemExit("--impls read needs a CUDA device and the kernels of jax_awq")
     return wanted

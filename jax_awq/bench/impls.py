@@ -67,6 +67,7 @@ class Impl:
       takes_x: whether there is a row for every M, or one with M = 0.
       of_rows: whether the "weight" is what has M rows, and x is only there to be waited for.
       make_x: from a random key and a case to x, on the device.
+      on_request: timed only where it is named.
     """
 
     run: Callable[..., Any]
@@ -77,6 +78,7 @@ class Impl:
     takes_x: bool = True
     of_rows: bool = False
     make_x: Callable[[Array, Case], Any] = make_x
+    on_request: bool = False
 
 
 def _packed(key: Array, case: Case) -> tuple[Array, ...]:
@@ -229,7 +231,12 @@ IMPLS: dict[str, dict[str, Impl]] = {
         "xla_dense": _DENSE,
         "xla_unpack": Impl(xla_unpack, _packed, lambda c: c.packed_bytes, _packed_gemm),
         "jax_awq_dx": Impl(
-            gradient, _packed, lambda c: c.packed_bytes, _packed_gemm, make_x=make_dy
+            gradient,
+            _packed,
+            lambda c: c.packed_bytes,
+            _packed_gemm,
+            make_x=make_dy,
+            on_request=True,
         ),
         "xla_dense_dx": Impl(
             lambda dy, w: jnp.dot(dy, w.T),
@@ -237,6 +244,7 @@ IMPLS: dict[str, dict[str, Impl]] = {
             lambda c: c.dense_bytes,
             lambda c: c.dense_bytes + c.activation_bytes,
             make_x=make_dy,
+            on_request=True,
         ),
         "read": Impl(
             read,
