@@ -2,24 +2,26 @@
 # What is run on a machine with a GPU. Its results are files in OUT; the installation goes to
 # build/gpu, not into the environment.
 #
-#     benchmarks/gpu.sh OUT [build | WHEEL.whl] [test] [sanitize] [bench] [shapes] [quantize] [int8] [ptx]
+#     benchmarks/gpu.sh OUT [build | WHEEL.whl] [test] [sanitize] [ptx]
+#                           [bench] [shapes] [models] [quantize] [int8]
 #
 #   build     builds and installs the kernels for the GPU of this machine
 #   WHEEL     installs that wheel
 #   test      gpu_tests.json
 #   sanitize  sanitizers.json: compute-sanitizer with each of its tools
-#   bench     awq_gemm.json, awq_dequantize.json, decode.json, generate.json
-#   int8      int8_matmul.json, int4_matmul.json
-#   shapes    adds other weights and group sizes to awq_gemm.json, which is in OUT
-#   quantize  quantize_activation.json
 #   ptx       gpu_tests_ptx75.json, gpu_tests_ptx80.json: the kernels of older GPUs, as PTX alone
+#   bench     awq_gemm.json, awq_dequantize.json; DTYPES=float16 for one of the two dtypes
+#   shapes    adds other weights, group sizes and gradients to awq_gemm.json, which is in OUT
+#   models    decode.json, generate.json
+#   quantize  quantize_activation.json
+#   int8      int8_matmul.json, int4_matmul.json
 #
 # SITE=<folder with jax_awq and its extension> takes another installation, WORKERS=<n> as many
 # test processes.
 set -uo pipefail
 
 if [ $# -lt 2 ]; then
-  sed -n '2,17s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,21s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
 mkdir -p "$1"
@@ -31,6 +33,7 @@ done
 cd "$(dirname "$0")/.."
 SITE=${SITE:-$PWD/build/gpu/site}
 WORKERS=${WORKERS:-4}
+DTYPES=${DTYPES:-float16 bfloat16}
 export XLA_PYTHON_CLIENT_PREALLOCATE=false
 export PYTHONSAFEPATH=1 # the installed package, not the Python files here without their kernels
 export PYTHONPATH=$SITE
@@ -88,16 +91,18 @@ for word in "$@"; do
     test) record_tests gpu_tests.json ;;
     sanitize) sanitize ;;
     bench)
-      python3 -m jax_awq.bench awq_gemm --dtypes float16 bfloat16 --json "$OUT/awq_gemm.json" &&
-        python3 -m jax_awq.bench awq_dequantize --json "$OUT/awq_dequantize.json" &&
-        python3 -m jax_awq.bench decode --json "$OUT/decode.json" &&
+      # shellcheck disable=SC2086
+      python3 -m jax_awq.bench awq_gemm --dtypes $DTYPES --json "$OUT/awq_gemm.json" &&
+        python3 -m jax_awq.bench awq_dequantize --json "$OUT/awq_dequantize.json"
+      ;;
+    models)
+      python3 -m jax_awq.bench decode --layers unrolled --json "$OUT/decode.json" &&
         python3 -m jax_awq.bench generate --json "$OUT/generate.json"
       ;;
     int8)
       for op in int8_matmul int4_matmul; do
         python3 -m jax_awq.bench $op --dtypes float16 --json "$OUT/$op.json" \
-          --shapes 2048x2048 4096x4096 14336x4096 4096x28672 8192x28672 \
-          --m 1 16 64 128 256 512 1024 2048 4096 8192 || exit
+          --shapes 2048x2048 4096x4096 14336x4096 8192x28672 --m 1 16 64 256 1024 2048 4096 || exit
       done
       ;;
     shapes)
@@ -107,7 +112,9 @@ for word in "$@"; do
         for group in 64 32; do
           more --dtypes float16 --impls jax_awq read --m 1 16 64 256 1024 \
             --shapes 4096x4096 8192x28672 --group-size $group || exit
-        done
+        done &&
+        more --dtypes float16 --impls jax_awq_dx xla_dense_dx --m 256 1024 4096 \
+          --shapes 4096x4096 4096x28672
       ;;
     quantize)
       python3 -m jax_awq.bench quantize_activation --dtypes float16 --json "$OUT/quantize_activation.json"
