@@ -81,6 +81,8 @@ CASES = (
     Case(257, 1024, 352, 32, BF16, split=3, bias=F16),
     Case(260, 320, 12320, 32, BF16, bias=BF16),  # more tiles than processors
     Case(300, 2176, 608, 128, out=F32),
+    Case(129, 640, 480, 64, BF16, scales=F16),
+    Case(513, 384, 256, -1, symmetric=True, bias=F32),
     Case(40, 1024, 288, 64, split=8, out=F32),
     Case(12, 2176, 256, 128, split=11, bias=BF16),
 )
