@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import K, N, auto_mesh
+from contract_case import K, N, auto_mesh
 from jax import export
 from jax.sharding import PartitionSpec as P
 
