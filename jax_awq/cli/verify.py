@@ -20,7 +20,9 @@ from jax_awq.verify.schemes import SCHEMES, Row, exceeded, summary
 from jax_awq.verify.synthetic import synthetic_rows, synthetic_weights
 from jax_awq.weights import WEIGHTS
 
-_BOUNDS = "\n\n".join(f"{s.name}: {s.error:g}, {s.perplexity:g} x" for s in SCHEMES)
+_BOUNDS = "\n\n".join(
+    f"{s.name}: error {s.error:g}, perplexity {s.perplexity:g} x" for s in SCHEMES
+)
 HELP = f"""Check packing, and measure what rounding activations costs.
 
 Codes, layouts and dequantization go there and back, bit for bit. Then every linear is multiplied
@@ -174,22 +176,21 @@ def _write(file: Path, result: _Result) -> None:
 
 
 def _tables(result: _Result) -> Iterable[Table]:
-    table = Table(title="relative error of outputs", box=None)
-    for name in ("linear", *(s.name for s in SCHEMES)):
-        table.add_column(name, justify="left" if name == "linear" else "right")
+    names = (scheme.name.replace(" ", "\n") for scheme in SCHEMES)
+    table = _table("relative error of outputs", ["linear", *names], left=("linear",))
     by_layer: dict[str, list[str]] = {}
     for row in result.rows:
         by_layer.setdefault(row["layer"], []).append(f"{row['error']:.2g}")
     for layer, cells in by_layer.items():
         table.add_row(layer, *cells)
     yield table
-    table = Table(title="summary", box=None)
-    names = ("scheme", "mean error", "bound", "worst", "of", "largest", "perplexity", "bound")
-    for name in names:
-        table.add_column(name, justify="left" if name in ("scheme", "of") else "right")
     float32 = result.perplexities.get("float32")
+    columns = ["scheme", "mean\nerror", "bound", "worst", "of linear", "largest"]
     if float32 is not None:
-        table.add_row("float32", "0", "", "", "", "", f"{float32:.4g}", "")
+        columns += ["perplexity", "bound"]
+    table = _table("summary", columns, left=("scheme", "of linear"))
+    if float32 is not None:
+        table.add_row("float32", "0", "", "0", "", "0", f"{float32:.4g}")
     for scheme, row in zip(SCHEMES, summary(result.rows, result.perplexities), strict=True):
         cells = [f"{row['mean_error']:.3g}", f"{scheme.error:g}", f"{row['worst_error']:.3g}"]
         cells += [row["worst_layer"], f"{row['max']:.2g}"]
@@ -197,6 +198,14 @@ def _tables(result: _Result) -> Iterable[Table]:
             cells += [f"{row['perplexity']:.4g}", f"{scheme.perplexity * float32:.4g}"]
         table.add_row(scheme.name, *cells)
     yield table
+
+
+def _table(title: str, columns: Iterable[str], left: tuple[str, ...]) -> Table:
+    table = Table(title=title, box=None)
+    for name in columns:
+        justify: Any = "left" if name in left else "right"
+        table.add_column(name, justify=justify, overflow="fold", no_wrap="linear" not in name)
+    return table
 
 
 def _told(result: _Result, problems: list[str]) -> Iterable[str]:
