@@ -127,3 +127,32 @@ def test_gradients(rng, split):
     operands = put_auto((x, weight.scales, bias), wanted)
     for got, one in zip(jax.jit(jax.grad(loss, (0, 1, 2)))(*operands), want, strict=True):
         np.testing.assert_allclose(got, one, rtol=1e-4, atol=1e-4 * float(np.abs(one).max()))
+
+
+def test_explicit_free_dimensions_and_gradient(rng):
+    """Of a row split: no derivative is asked of the largest of a row, nor of its exchange."""
+    p = random_w4a8_problem(rng, (4, 3), K, N, group_size=32, dtype=np.float32, activation="silu")
+    fn, x, weight, bias = call(p, "token")
+    ct = rng.standard_normal((4, 3, N)).astype(np.float32)
+
+    def loss(x, scales):
+        return (fn(x, dataclasses.replace(weight, scales=scales), bias) * ct).sum()
+
+    want = jax.grad(loss, (0, 1))(x, weight.scales)
+    mesh = jax.make_mesh((DP, TP), ("dp", "tp"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        split = jax.tree.map(jax.device_put, weight, specs_of(weight, "K"))
+        ct = jax.device_put(ct, P("dp"))
+        placed = jax.device_put(x, P("dp", None, "tp"))
+        y = fn(placed, split, bias)
+        assert jax.typeof(y).sharding.spec == P("dp", None, None)
+
+        def split_loss(x, scales):
+            return (fn(x, dataclasses.replace(split, scales=scales), bias) * ct).sum()
+
+        got = jax.jit(jax.grad(split_loss, (0, 1)))(placed, split.scales)
+        assert jax.typeof(got[0]).sharding.spec == P("dp", None, "tp")
+        y, got = np.asarray(y), [np.asarray(g) for g in got]
+    assert_solves(y, p)
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-4 * float(np.abs(w).max()))

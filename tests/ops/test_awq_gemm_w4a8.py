@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax import export
 
 from jax_awq import (
     AWQWeight,
@@ -206,6 +207,12 @@ def test_no_gradient_goes_through_a_scale_of_x(rng):
 
 # --- routes
 
+needs_plan = pytest.mark.skipif(
+    plan("int8_matmul", np.ones((1, 1), np.int8), np.ones((1, 1), np.int8), device="sm_90").route
+    == "reference",
+    reason="the compiled part is not built",
+)
+
 
 def as_kernels(monkeypatch):
     """The kernels that a route calls, played by their plain-JAX forms; what was called."""
@@ -223,19 +230,7 @@ def as_kernels(monkeypatch):
     return called
 
 
-def eqn_of(op, *args, **options):
-    """Operands and parameters of the primitive in a call."""
-    seen = []
-    stand_in = dataclasses.replace(
-        OPS[op], plan=lambda device, *o, **p: seen.append((o, p)) or OPS[op].plan(device, *o, **p)
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(OPS, op, stand_in)
-        plan(op, *args, device="sm_90", **options)
-    ((avals, params),) = seen
-    return avals, params
-
-
+@needs_plan
 @pytest.mark.parametrize("codes", INTEGERS)
 @pytest.mark.parametrize("group_size", [32, -1])
 @pytest.mark.parametrize("batch", [(), (2,)])
@@ -288,13 +283,6 @@ def shapes(m, k, n, group_size=-1):
         jax.ShapeDtypeStruct((groups, n // 8), np.int32),
         group_size=group_size,
     )
-
-
-needs_plan = pytest.mark.skipif(
-    plan("int8_matmul", np.ones((1, 1), np.int8), np.ones((1, 1), np.int8), device="sm_90").route
-    == "reference",
-    reason="the compiled part is not built",
-)
 
 
 @needs_plan
@@ -352,6 +340,28 @@ def test_what_is_lowered_for_cuda_is_what_the_plan_says(op, group_size):
         line.split("@jax_awq.")[1].split("(")[0] for line in text.splitlines() if "@jax" in line
     ]
     assert calls == ["quantize_activation"] + ["int8_matmul"] * (group_size == -1)
+
+
+@pytest.mark.parametrize("group_size", [32, -1])
+@pytest.mark.parametrize("codes", CODES)
+def test_export_with_symbolic_rows(rng, codes, group_size):
+    """One program for any number of rows, on a CPU and on CUDA, stored and loaded."""
+    p = random_w4a8_problem(rng, (2, 5), 64, 16, codes=codes, group_size=group_size, bias=True)
+
+    def run(x, weight):
+        return dataclasses.replace(p, base=dataclasses.replace(p.base, weight=weight)).run(x)
+
+    rows = export.symbolic_shape("a, b")
+    x = jax.ShapeDtypeStruct((*rows, 64), np.float16)
+    stable = [
+        export.DisabledSafetyCheck.custom_call(f"jax_awq.{name}")
+        for name in ("quantize_activation", "int8_matmul")
+    ]
+    exported = export.export(jax.jit(run), platforms=("cpu", "cuda"), disabled_checks=stable)(
+        x, p.base.weight
+    )
+    loaded = export.deserialize(exported.serialize())
+    np.testing.assert_array_equal(loaded.call(p.base.x, p.base.weight), p.run())
 
 
 # --- errors
