@@ -174,36 +174,26 @@ def _with_accumulator(plan: KernelPlan, params) -> KernelPlan:
 
 
 def _plan_int8_matmul(device, operands, params) -> KernelPlan:
-    avals = [jax.ShapeDtypeStruct(o.shape, o.dtype) for o in operands]
-    given = None
-
     def run(*operands):
-        nonlocal given
         x, weight, scale, bias = operands_of(operands, **params)
-        (*operands, given) = _int8_operands(
-            *quantize(x, scale, params["codes"]), weight, bias, params
-        )
-        return tuple(operands)
+        return _int8_operands(*quantize(x, scale, params["codes"]), weight, bias, params)
 
-    shapes = jax.eval_shape(run, *avals)
-    return OPS["int8_matmul"].plan(device, *shapes, **_int8_params(given, params))
+    shapes = jax.eval_shape(run, *(jax.ShapeDtypeStruct(o.shape, o.dtype) for o in operands))
+    return OPS["int8_matmul"].plan(device, *shapes, **_int8_params(params))
 
 
-def _int8_operands(q, scale, weight, bias, params):
-    """Operands of `int8_matmul`, for a weight of one group, and its parameter `given`."""
+def _int8_operands(q, scale, weight, bias, params) -> tuple[Array, ...]:
+    """Operands of `int8_matmul`, for a weight of one group."""
     qweight, scales, *zeros = weight
     b = int8_weight(qweight, *zeros, layout=params["layout"])
-    values = [scale, scales[..., 0, :].astype(jnp.float32)]
+    column = scales[..., 0, :].astype(jnp.float32)
+    return q, b, scale, column, *(() if bias is None else (bias,))
+
+
+def _int8_params(params) -> dict[str, Any]:
     given = [("scale_a", params["scale"] or "row"), ("scale_b", "column")]
-    if bias is not None:
-        values.append(bias)
-        given.append(("bias", "column"))
-    return q, b, *values, tuple(given)
-
-
-def _int8_params(given, params) -> dict[str, Any]:
     return {
-        "given": given,
+        "given": (*given, *[("bias", "column")] * params["has_bias"]),
         "activation": params["activation"],
         "out_dtype": params["out_dtype"],
         "packed": False,
@@ -217,8 +207,8 @@ def kernel(op, plan, *operands, codes, **params):
     q, scale = (x, scale) if is_codes(x) else _quantize_kernel(x, scale, BITS[codes])
     if plan.route == "group_products":
         return (_finish(q, scale, weight, bias, **params),)
-    (*operands, given) = _int8_operands(q, scale, weight, bias, params)
-    return OPS["int8_matmul"].kernel(plan, *operands, **_int8_params(given, params))
+    operands = _int8_operands(q, scale, weight, bias, params)
+    return OPS["int8_matmul"].kernel(plan, *operands, **_int8_params(params))
 
 
 def _quantize_kernel(x, scale, bits: int) -> tuple[Array, Array]:
