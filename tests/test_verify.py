@@ -187,9 +187,9 @@ def test_nan_and_perplexity_exceed_a_bound():
     assert found[1] == "W4A16: the perplexity is 200, the bound 1.005 times the 100 of float32"
 
 
-def tokens_of(tmp_path, array):
+def tokens_of(tmp_path, array, name="tiny-llama"):
     np.save(tmp_path / "ids.npy", array)
-    return ["--awq-model-path", GOLDEN / "tiny-llama", "--tokens", tmp_path / "ids.npy"]
+    return ["--awq-model-path", GOLDEN / name, "--tokens", tmp_path / "ids.npy"]
 
 
 @pytest.mark.parametrize(
@@ -206,6 +206,10 @@ def tokens_of(tmp_path, array):
         (
             lambda path: tokens_of(path, np.full((4, 9), 128)),
             "must have tokens 0 to 127, at most .* a row, got 128 to 128, 9 a row",
+        ),
+        (
+            lambda path: tokens_of(path, np.zeros((4, 4), np.int32), "tiny-qwen3-moe"),
+            "must have more than 4 tokens a row, since the model has 8 experts, got 4",
         ),
         (
             lambda path: [*tokens_of(path, np.zeros((4, 9)))[:3], path / "no.npz"],

@@ -105,6 +105,13 @@ def read_tokens(file: Path | None, folder: Path, config: DecoderConfig) -> Token
             f"verify: {file} must have tokens 0 to {config.vocab_size - 1}, at most "
             f"{config.max_positions} a row, got {ids.min()} to {ids.max()}, {ids.shape[1]} a row"
         )
+    experts = config.experts
+    if experts is not None and ids.shape[1] * experts.top_k <= experts.num_experts:
+        # Then each token gathers the weights of its own experts.
+        raise ValueError(
+            f"verify: {file} must have more than {experts.num_experts // experts.top_k} tokens a "
+            f"row, since the model has {experts.num_experts} experts, got {ids.shape[1]}"
+        )
     return Tokens(ids, meaningful=True)
 
 
