@@ -142,7 +142,7 @@ def test_awq_gemm(change, error, text):
     [e for e in WEIGHT_ERRORS + GEMM_ERRORS if "split_k_iters" not in e[0]],
 )
 def test_awq_gemm_w4a8(op, change, error, text):
-    """The same; those of the activations are in ops/test_awq_gemm_w4a8.py."""
+    """The same; those of the activations are in ops/test_awq_gemm_w4a8_errors.py."""
     for call in _call(op, arguments(**change)):
         with pytest.raises(error) as caught:
             call()
