@@ -9,6 +9,8 @@ from jax_awq.calibrate import ActivationRange, calibrate_activation
 from jax_awq.ops._activation import QuantizedActivation
 from jax_awq.ops.awq_dequantize import awq_dequantize
 from jax_awq.ops.awq_gemm import awq_gemm
+from jax_awq.ops.awq_gemm_w4a4 import awq_gemm_w4a4
+from jax_awq.ops.awq_gemm_w4a8 import awq_gemm_w4a8
 from jax_awq.ops.dequantize_activation import dequantize_activation
 from jax_awq.ops.int4_matmul import int4_matmul
 from jax_awq.ops.int8_matmul import int8_matmul
@@ -30,6 +32,8 @@ __all__ = [
     "QuantizedLinear",
     "awq_dequantize",
     "awq_gemm",
+    "awq_gemm_w4a4",
+    "awq_gemm_w4a8",
     "build_info",
     "calibrate_activation",
     "convert",

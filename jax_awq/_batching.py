@@ -17,6 +17,17 @@ def fold_rows(bind, operands: Sequence[Any], dim: int, **params: Any):
     )
 
 
+def scale_of_rows(scale: Any, dim: int | None, size: int, rows: int):
+    """``(..., size * rows)`` scales, where a mapped axis is folded into the rows.
+
+    Args:
+      scale: ``(..., rows)`` or ``(..., 1)``, mapped over `dim`, or shared where that is None.
+    """
+    scale = scale[..., None, :] if dim is None else jnp.moveaxis(scale, dim, -2)
+    scale = jnp.broadcast_to(scale, (*scale.shape[:-2], size, rows))
+    return scale.reshape(*scale.shape[:-2], size * rows)
+
+
 def fold_batch(
     bind, operands: Sequence[Any], dims: Sequence[int | None], ranks: Sequence[int], **params: Any
 ):

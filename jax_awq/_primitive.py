@@ -43,7 +43,8 @@ class OpDef:
     jvp: Rule  # (bind, primals, tangents, **params) -> (results, tangents); None is a zero tangent
     transpose: Rule  # (bind, cotangents, operands, index, **params) -> cotangent of that operand
     sharding: Rule  # (*operands, **params) -> Sharding
-    partial: Rule  # (*operands, **params) -> (operands, params, finish): finish(sum of results)
+    # (summed_axes, *operands, **params) -> (operands, params, finish): finish(sum of results)
+    partial: Rule
 
 
 OPS: dict[str, OpDef] = {}  # read by `plan`, the contract tests and the benchmark
@@ -236,7 +237,7 @@ def _decoded(mesh, sharding) -> PartitionSpec:
 def _on_shard(op, run, params, summed_axes, *operands):
     if not summed_axes:
         return tuple(run(*operands, **params))
-    operands, params, finish = op.partial(*operands, **params)
+    operands, params, finish = op.partial(summed_axes, *operands, **params)
     return tuple(finish(*(lax.psum(r, summed_axes) for r in run(*operands, **params))))
 
 

@@ -1,12 +1,13 @@
 """The cases that the contract tests run for every op of the table."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from contract_case import ACTIVATIONS, Case, K, M, N, dense_weight
+from contract_w4a8 import W4A8_CASES
 
 from jax_awq import (
     AWQWeight,
@@ -26,78 +27,6 @@ from jax_awq.testing import (
     unpack_bytes,
 )
 from jax_awq.testing_integers import random_int_problem
-
-K, N, M, E = 64, 16, 3, 2  # E: length of every mapped axis
-
-
-def auto_mesh(**sizes: int) -> jax.sharding.Mesh:
-    """Axes that the partitioner may use as it likes; `jax.make_mesh` alone makes Explicit ones."""
-    count = int(np.prod(list(sizes.values())))
-    return jax.make_mesh(
-        tuple(sizes.values()),
-        tuple(sizes),
-        devices=jax.devices()[:count],
-        axis_types=(jax.sharding.AxisType.Auto,) * len(sizes),
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """An op with its options bound, as a function of arrays.
-
-    Attributes:
-      fn: the public op on `operands`.
-      exact: the same in float64, by the oracle of `jax_awq.testing`.
-      dense: a plain JAX program of the floating operands, run in their dtype or in float64.
-      floats: positions of the floating operands.
-    """
-
-    op: str
-    fn: Callable[..., jax.Array]
-    exact: Callable[..., np.ndarray]
-    dense: Callable[..., jax.Array]
-    operands: tuple[np.ndarray, ...]
-    floats: tuple[int, ...]
-
-    def another(self, seed: int) -> tuple[np.ndarray, ...]:
-        """Operands of the same shapes with other values."""
-        rng = np.random.default_rng(seed)
-        return tuple(rng.permutation(o.reshape(-1)).reshape(o.shape) for o in self.operands)
-
-    def of_floats(self, *values: Any) -> jax.Array:
-        operands = list(self.operands)
-        for position, value in zip(self.floats, values, strict=True):
-            operands[position] = value
-        return self.fn(*operands)
-
-    @property
-    def float_operands(self) -> tuple[np.ndarray, ...]:
-        return tuple(self.operands[i] for i in self.floats)
-
-
-def _canonical_scales(scales, layout, group_size):
-    return scales if layout != "gemv" else scales[..., : K // group_size].swapaxes(-1, -2)
-
-
-def _dense_weight(weight: AWQWeight, scales, rounded):
-    """``(q - z) * s`` as a function of the scales; `rounded` is the dtype, or None for float64."""
-    ones = dataclasses.replace(weight, scales=np.ones_like(weight.scales))
-    codes = dequantize_float64(ones)
-    scales = jnp.repeat(
-        _canonical_scales(scales, weight.layout, weight.group_size), weight.group_size, -2
-    )
-    if scales.dtype == jnp.float64:
-        return codes * scales
-    return (codes.astype(np.float32) * scales.astype(jnp.float32)).astype(rounded)
-
-
-_ACTIVATIONS = {
-    None: lambda y: y,
-    "silu": jax.nn.silu,
-    "relu": jax.nn.relu,
-    "gelu": lambda y: jax.nn.gelu(y, approximate=False),
-    "gelu_tanh": lambda y: jax.nn.gelu(y, approximate=True),
-}
 
 
 def _gemm(seed: int, **options: Any) -> Case:
@@ -132,11 +61,9 @@ def _gemm(seed: int, **options: Any) -> Case:
 
     def dense(x, scales, bias=None):
         wide = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
-        y = jnp.matmul(x, _dense_weight(weight, scales, x.dtype), preferred_element_type=wide)
+        y = jnp.matmul(x, dense_weight(weight, scales, x.dtype), preferred_element_type=wide)
         y = y if bias is None else y + bias.astype(wide)
-        return _ACTIVATIONS[problem.activation](y).astype(
-            wide if wide == jnp.float64 else out_dtype
-        )
+        return ACTIVATIONS[problem.activation](y).astype(wide if wide == jnp.float64 else out_dtype)
 
     arrays = [problem.x, weight.qweight, weight.scales, weight.qzeros, problem.bias]
     operands = tuple(a for a in arrays if a is not None)
@@ -155,7 +82,7 @@ def _dequantize(seed: int, *, dtype: Any = None, **options: Any) -> Case:
         return dequantize_float64(AWQWeight(*arrays, **static))
 
     def dense(scales):
-        return _dense_weight(weight, scales, dtype or weight.dtype)
+        return dense_weight(weight, scales, dtype or weight.dtype)
 
     operands = tuple(a for a in (weight.qweight, weight.scales, weight.qzeros) if a is not None)
     return Case("awq_dequantize", fn, exact, dense, operands, (1,))
@@ -253,7 +180,7 @@ def _integers(seed: int, **options: Any) -> Case:
         y = sums.astype(wide) * (scale_a if scale_a.ndim == 0 else scale_a[:, None])
         y = y * (scale_b * by_name.get("scale_c", wide(1)))
         y = y + by_name["bias"].astype(wide) if "bias" in by_name else y
-        return _ACTIVATIONS[problem.activation](y).astype(
+        return ACTIVATIONS[problem.activation](y).astype(
             wide if wide == jnp.float64 else problem.out_dtype
         )
 
@@ -292,4 +219,5 @@ CASES = {
     "dequantize_activation-int4-odd-channel": _dequantize_activation(
         14, dtype=jnp.bfloat16, bits=4, granularity="channel", k=K - 1
     ),
+    **W4A8_CASES,
 }

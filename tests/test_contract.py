@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import CASES, E, K, auto_mesh
+from contract import CASES
+from contract_case import E, K, auto_mesh
 from jax.sharding import PartitionSpec as P
 
 from jax_awq import awq_gemm

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_awq import AWQWeight, awq_dequantize, awq_gemm
+from jax_awq import AWQWeight, awq_dequantize, awq_gemm, awq_gemm_w4a4, awq_gemm_w4a8
 
 K, N, G = 64, 16, 32
 
@@ -134,6 +134,19 @@ def test_awq_gemm(change, error, text):
         with pytest.raises(error) as caught:
             call()
         assert str(caught.value) == f"awq_gemm: {text}"
+
+
+@pytest.mark.parametrize("op", [awq_gemm_w4a8, awq_gemm_w4a4])
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [e for e in WEIGHT_ERRORS + GEMM_ERRORS if "split_k_iters" not in e[0]],
+)
+def test_awq_gemm_w4a8(op, change, error, text):
+    """The same; those of the activations are in ops/test_awq_gemm_w4a8_errors.py."""
+    for call in _call(op, arguments(**change)):
+        with pytest.raises(error) as caught:
+            call()
+        assert str(caught.value) == f"{op.__name__}: {text}"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import K, N, auto_mesh
+from contract_case import K, N, auto_mesh
 from jax import export
 from jax.sharding import PartitionSpec as P
 
@@ -313,8 +313,9 @@ def test_a_build_without_kernels_still_lowers_for_elsewhere(monkeypatch):
 def test_plan_errors(rng):
     with pytest.raises(
         ValueError,
-        match=r"^plan: op must be one of \['awq_dequantize', 'awq_gemm', 'dequantize_activation', "
-        r"'int4_matmul', 'int8_matmul', 'quantize_activation'\], got 'awq_gem'$",
+        match=r"^plan: op must be one of \['awq_dequantize', 'awq_gemm', 'awq_gemm_w4a4', "
+        r"'awq_gemm_w4a8', 'dequantize_activation', 'int4_matmul', 'int8_matmul', "
+        r"'quantize_activation'\], got 'awq_gem'$",
     ):
         plan("awq_gem")
     with pytest.raises(ValueError, match=r"^plan: device must look like 'sm_90', got 'H200'$"):

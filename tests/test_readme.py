@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_awq.bench import report
+from jax_awq.verify import schemes
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -30,6 +31,13 @@ def test_usage_runs(monkeypatch, capsys):
     assert scope["dx"].shape == scope["x"].shape
     assert scope["ids"].shape == (1, 23)
     assert jax.tree.all(jax.tree.map(jnp.array_equal, scope["again"], scope["params"]))
+
+
+def test_table_of_schemes_is_the_committed_result():
+    result = json.loads((ROOT / "benchmarks/results/cpu/verify.json").read_text())
+    assert result["exceeded"] == []
+    table = schemes.markdown(result["summary"], result["perplexity"])
+    assert f"\n{table}\n" in (ROOT / "README.md").read_text()
 
 
 def test_performance_table_is_the_committed_result():

@@ -6,40 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import auto_mesh
+from contract_case import auto_mesh
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from shards import DP, TP, collectives, put_auto, specs_of
 
 from jax_awq import AWQWeight, awq_gemm
 from jax_awq.testing import assert_close, assert_close_to_float64, random_problem, random_weight
 
 M, K, N = 16, 256, 64
-DP, TP = 2, 4
 
 LAYOUTS = pytest.mark.parametrize("layout", ["gemm", "gemv", "oc_major"])
-
-
-def specs_of(weight, split):
-    """Specs of a weight split along "K" or "N" over axis tp; "K" with scales kept whole too."""
-    along_k, along_n = (P("tp"), P(None, "tp"))
-    qweight = {"K": along_k, "K, scales whole": along_k, "N": along_n, None: P()}[split]
-    groups = {"K": along_k, "K, scales whole": P(), "N": along_n, None: P()}[split]
-    if weight.layout != "gemm":
-        qweight = P(*reversed((*qweight, *[None] * (2 - len(qweight)))))
-    if weight.layout == "gemv":
-        groups = P("tp") if split == "N" else P()
-    return jax.tree.unflatten(jax.tree.structure(weight), [qweight, groups, groups])
-
-
-def collectives(compiled):
-    names = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter")
-    text = compiled.as_text()
-    return {n: len(c) for n in names if (c := re.findall(rf" {n}(?:-start)?\(", text))}
-
-
-def put_auto(tree, specs):
-    mesh = auto_mesh(dp=DP, tp=TP)
-    return jax.tree.map(lambda a, s: jax.device_put(a, NamedSharding(mesh, s)), tree, specs)
 
 
 def run_auto(problem, x_spec, weight_specs, bias_spec=None):

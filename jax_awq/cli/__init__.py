@@ -4,6 +4,7 @@ import typer
 
 from jax_awq.cli.generate import generate
 from jax_awq.cli.inspect import inspect
+from jax_awq.cli.verify import HELP, verify
 
 app = typer.Typer(
     help="AWQ 4-bit checkpoints in JAX.",
@@ -13,3 +14,4 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(inspect)
+app.command(help=HELP)(verify)

@@ -15,7 +15,8 @@ class Linear(NamedTuple):
     """A linear of a checkpoint.
 
     Attributes:
-      weight: (K, N) packed, as `awq_gemm` takes it, or a dense array (N, K) as in the file.
+      weight: (K, N) packed, as `awq_gemm` takes it; a dense array (N, K) as in the file; or a
+        pytree that multiplies by itself, called as `weight(x, bias=, out_dtype=)`.
       bias: (N,) or None.
     """
 
@@ -26,6 +27,8 @@ class Linear(NamedTuple):
 def linear(x: Array, part: Linear, *, out_dtype: Any = None) -> Array:
     """(..., K) -> (..., N) in `out_dtype`, by default that of `x`."""
     out_dtype = x.dtype if out_dtype is None else out_dtype
+    if callable(part.weight):
+        return part.weight(x, bias=part.bias, out_dtype=out_dtype)
     if not isinstance(part.weight, Array):
         return awq_gemm(x, part.weight, bias=part.bias, out_dtype=out_dtype)
     y = dense(x, part.weight)

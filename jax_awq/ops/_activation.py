@@ -92,18 +92,26 @@ def absmax_of(x: Any, axis: int | None = None) -> Array:
 
 def scale_of(absmax: Any, bits: int) -> Array:
     """The float32 scale of values whose largest magnitude is `absmax`."""
+    return scale_to(absmax, LARGEST_CODE[bits])
+
+
+def scale_to(absmax: Any, largest: int) -> Array:
+    """The float32 scale by which `absmax` becomes `largest`."""
     # A product, since XLA makes one of a division by a constant anyway.
-    scale = absmax.astype(jnp.float32) * np.float32(1 / LARGEST_CODE[bits])
+    scale = absmax.astype(jnp.float32) * np.float32(1 / largest)
     return jnp.where(scale < _SCALES[0], 0.0, scale)  # NaN and infinity stay
 
 
 def codes_of(x: Any, scale: Any, bits: int) -> Array:
     """``x / scale`` to the nearest code, ties to even, as int8; 0 where it is NaN."""
+    return jnp.round(steps_of(x, scale, LARGEST_CODE[bits])).astype(jnp.int8)
+
+
+def steps_of(x: Any, scale: Any, largest: int) -> Array:
+    """``x / scale`` in float32, from `-largest` to `largest`; 0 where it is NaN."""
     usable = (scale >= _SCALES[0]) & (scale <= _SCALES[1])
     steps = x.astype(jnp.float32) * jnp.where(usable, 1 / scale, 0.0)
-    steps = jnp.where(jnp.isnan(steps), 0.0, steps)
-    largest = LARGEST_CODE[bits]
-    return jnp.round(jnp.clip(steps, -largest, largest)).astype(jnp.int8)
+    return jnp.clip(jnp.where(jnp.isnan(steps), 0.0, steps), -largest, largest)
 
 
 def packed_size(k: int, bits: int) -> int:

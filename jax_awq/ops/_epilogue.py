@@ -21,3 +21,14 @@ def epilogue(y, bias, *, activation, out_dtype) -> Array:
     if bias is not None:
         y = y + bias[..., None, :].astype(jnp.float32)
     return ACTIVATIONS[activation](y).astype(out_dtype)
+
+
+def finish_jvp(y, dy, *, activation, out_dtype, **params):
+    """Result and tangent from those before the activation; None is a zero tangent."""
+    if activation == "none":
+        return [y], [dy]
+    finish = functools.partial(epilogue, bias=None, activation=activation, out_dtype=out_dtype)
+    if dy is None:
+        return [finish(y)], [None]
+    y, dy = jax.jvp(finish, (y,), (dy,))
+    return [y], [dy]

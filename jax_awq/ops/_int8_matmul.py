@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.extend.core import Primitive
 
-from jax_awq._batching import fold_batch
+from jax_awq._batching import fold_batch, scale_of_rows
 from jax_awq._checks import FLOATS, check_choice, check_dtype, check_shape
 from jax_awq._primitive import OpDef, Sharding, apply_explicit, bind_varying, define_primitive
 from jax_awq.ops import _int8_matmul_call as call
@@ -147,13 +147,9 @@ def _batching(bind, operands, dims, *, given, **params):
     *batch, size, m, k = a.shape
     operands, given = [a.reshape(*batch, size * m, k), *operands[1:]], list(given)
     for i, (name, kind) in enumerate(given):
-        scale, dim = operands[i + 2], dims[i + 2]
-        if name != "scale_a" or (kind == "one" and dim is None):
-            continue
-        scale = scale[..., None, :] if dim is None else jnp.moveaxis(scale, dim, -2)
-        scale = jnp.broadcast_to(scale, (*scale.shape[:-2], size, m))
-        operands[i + 2] = scale.reshape(*scale.shape[:-2], size * m)
-        given[i] = (name, "row")
+        if name == "scale_a" and (kind == "row" or dims[i + 2] is not None):
+            operands[i + 2] = scale_of_rows(operands[i + 2], dims[i + 2], size, m)
+            given[i] = (name, "row")
     (y,) = bind(*operands, given=tuple(given), **params)
     return [y.reshape(*y.shape[:-2], size, m, y.shape[-1])], [y.ndim - 2]
 
@@ -213,5 +209,5 @@ def _sharding(a, b, *values, given, packed, odd, **params):
     return Sharding(rule, whole, () if packed and odd else ("k",))
 
 
-def _partial(a, b, *values, **params):
+def _partial(summed_axes, a, b, *values, **params):
     return (a, b), {**params, **call.RAW}, lambda sums: (call.finish(sums, *values, **params),)

@@ -170,7 +170,7 @@ def _sharding(*operands, layout, group_size, symmetric, **params):
     return Sharding(f"{', '.join(terms)} -> {batch}{dims['K']} {dims['N']}", whole, ())
 
 
-def _partial(*operands, **params):
+def _partial(summed_axes, *operands, **params):
     return operands, params, lambda weight: (weight,)
 
 

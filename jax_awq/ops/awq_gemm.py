@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from jax_awq._batching import fold_batch, fold_rows
-from jax_awq._checks import FLOATS, check_choice, check_dtype, check_shape
-from jax_awq._packing import weight_size
+from jax_awq._checks import FLOATS
 from jax_awq._primitive import OpDef, Sharding, apply_explicit, bind_varying, define_primitive
 from jax_awq.ops import _awq_gemm_call as call
 from jax_awq.ops import _weight
-from jax_awq.ops._epilogue import ACTIVATIONS, epilogue
+from jax_awq.ops._arguments import product_operands
+from jax_awq.ops._epilogue import epilogue, finish_jvp
 
 _STATIC = ("group_size", "layout", "activation", "split_k_iters", "out_dtype", "variant")
 
@@ -99,44 +99,32 @@ def _awq_gemm(
     out_dtype,
     variant,
 ):
-    operands, params = _weight.canonical_weight(
-        "awq_gemm", qweight, scales, qzeros, layout=layout, group_size=group_size
+    rows, operands, params = product_operands(
+        "awq_gemm",
+        x,
+        qweight,
+        scales,
+        qzeros,
+        bias,
+        layout=layout,
+        group_size=group_size,
+        activation=activation,
+        out_dtype=out_dtype,
+        x_dtypes=FLOATS,
     )
-    k, n = weight_size(qweight.shape, layout)
-    check_dtype("awq_gemm", "x", x, *FLOATS)
-    if x.ndim == 0 or x.shape[-1] != k:
-        raise ValueError(f"awq_gemm: x must have shape (..., {k}), got {x.shape}")
-    check_choice("awq_gemm", "activation", activation, (None, *sorted(set(ACTIVATIONS) - {"none"})))
     if split_k_iters is not None and split_k_iters < 1:
         raise ValueError(f"awq_gemm: split_k_iters must be 1 or more, got {split_k_iters}")
-    out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
-    check_dtype("awq_gemm", "the result", jax.ShapeDtypeStruct((), out_dtype), *FLOATS)
-    leading = {"qweight": qweight.shape[:-2], "scales": scales.shape[:-2]}
-    if qzeros is not None:
-        leading["qzeros"] = qzeros.shape[:-2]
-    if bias is not None:
-        check_dtype("awq_gemm", "bias", bias, *FLOATS)
-        check_shape("awq_gemm", "bias", bias, (*bias.shape[:-1][:1], n))
-        leading["bias"] = bias.shape[:-1]
-        operands = (*operands, bias)
-    batch = _weight.check_batch("awq_gemm", leading)
-    if batch and (x.ndim < 2 or x.shape[0] != batch[0]):
-        raise ValueError(f"awq_gemm: x must have shape ({batch[0]}, ..., {k}), got {x.shape}")
-    rows = x[:, None] if batch and x.ndim == 2 else x
     (y,) = apply_explicit(
         "awq_gemm",
         _on_rows,
         rows,
         *operands,
-        activation=activation or "none",
         split_k=split_k_iters or 0,
-        out_dtype=out_dtype,
         transpose=False,
-        has_bias=bias is not None,
         variant=variant,
         **params,
     )
-    return y.reshape(*x.shape[:-1], n)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def _on_rows(x, *weight, **params):
@@ -171,15 +159,7 @@ def _jvp(bind, primals, tangents, **params):
     if dbias is not None:
         terms.append(jnp.broadcast_to(dbias[..., None, :], y.shape).astype(y.dtype))
     dy = functools.reduce(jnp.add, (jnp.broadcast_to(t, y.shape) for t in terms)) if terms else None
-    if params["activation"] == "none":
-        return [y], [dy]
-    finish = functools.partial(
-        epilogue, bias=None, activation=params["activation"], out_dtype=params["out_dtype"]
-    )
-    if dy is None:
-        return [finish(y)], [None]
-    y, dy = jax.jvp(finish, (y,), (dy,))
-    return [y], [dy]
+    return finish_jvp(y, dy, **params)
 
 
 def _transpose(bind, cotangents, operands, index, **params):
@@ -227,7 +207,7 @@ def _sharding(x, *weight, layout, group_size, transpose, **params):
     return Sharding(rule, whole, (contracted.strip("()").split()[0],))
 
 
-def _partial(*operands, **params):
+def _partial(summed_axes, *operands, **params):
     bias = operands[-1] if params["has_bias"] else None
     operands = operands[:-1] if params["has_bias"] else operands
     product = {

@@ -137,7 +137,7 @@ def _sharding(q, scale, *, bits, odd, dtype, variant):
     return Sharding(f"{rows} {dims['q']}, {term} -> {rows} {dims['K']}", {**whole, **ones}, ())
 
 
-def _partial(*operands, **params):
+def _partial(summed_axes, *operands, **params):
     return operands, params, lambda x: (x,)
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import auto_mesh
+from contract_case import auto_mesh
 from hypothesis import given
 from hypothesis import strategies as st
 from jax import export

@@ -1,0 +1,1 @@
+"""What rounding activations costs: errors of every linear, and perplexity, scheme by scheme."""
