@@ -68,6 +68,7 @@ def overview(rows: Iterable[Row], dtype: str) -> str:
     line tells what reading the weight alone takes, where that was timed.
     """
     rows = [row for row in rows if row["dtype"] == dtype and row["group_size"] == 128]
+    rows = [row for row in rows if not row["impl"].endswith("_dx")]  # another product
     weights = list(dict.fromkeys((row["K"], row["N"]) for row in rows))
     shown = {(PROBLEMS[name].k, PROBLEMS[name].n) for name in BENCH_PROBLEMS}
     weights = [weight for weight in weights if weight in shown] or weights
