@@ -1,9 +1,12 @@
 """`load_hf`: a Hugging Face checkpoint of 4-bit weights as JAX arrays."""
 
 import collections
+import contextlib
+import functools
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,6 +66,19 @@ def load_hf(
     Source: AutoAWQ 0.2.9, awq/modules/linear; llm-awq, awq/quantize/qmodule.py; GPTQModel 7.7.0;
       compressed-tensors 0.19.0.
     """
+    with open_hf(path, dtype=dtype, progress=progress) as tensors:
+        return {name: jax.device_put(read(), device) for name, read in tensors.items()}
+
+
+@contextlib.contextmanager
+def open_hf(
+    path: str | os.PathLike[str], *, dtype: Any = None, progress: bool = False
+) -> Iterator[dict[str, Callable[[], Any]]]:
+    """What `load_hf` loads, each behind a function that reads it to the host.
+
+    AWQ's own layouts come as numpy arrays; what has to be converted, from JAX's default device. The
+    files are mapped, and the functions valid, inside the context.
+    """
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"load_hf: dtype must be floating, got {jnp.dtype(dtype)}")
     folder = Path(path)
@@ -72,20 +88,27 @@ def load_hf(
     check_whole(folder, tensors, linears)
     plain = other_tensors(tensors, linears)
 
-    result: dict[str, AWQWeight | PermutedWeight | Array] = {}
     with open_tensors() as read:
         report = _Progress(len(tensors), progress)
-        for name in sorted([*linears, *plain]):
-            if name in plain:
-                array = read(plain[name])
-                if dtype is not None and jnp.issubdtype(array.dtype, jnp.floating):
-                    array = array.astype(np.dtype(dtype))
-                result[name] = jax.device_put(array, device)
-                report(1)
-            else:
-                result[name] = jax.device_put(_read_weight(linears[name], read), device)
-                report(len(linears[name].parts))
-    return result
+
+        def read_plain(tensor: Tensor) -> np.ndarray:
+            array = read(tensor)
+            report(1)
+            if dtype is not None and jnp.issubdtype(array.dtype, jnp.floating):
+                array = array.astype(np.dtype(dtype))
+            return array
+
+        def read_quantized(linear: Linear) -> AWQWeight | PermutedWeight:
+            weight = _read_weight(linear, read)
+            report(len(linear.parts))
+            return weight
+
+        yield {
+            name: functools.partial(read_plain, plain[name])
+            if name in plain
+            else functools.partial(read_quantized, linears[name])
+            for name in sorted([*linears, *plain])
+        }
 
 
 def linear_parts(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -1,6 +1,7 @@
 """`load`: a checkpoint as a model that gives logits and generates."""
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jax_awq.checkpoint import load_hf
+from jax_awq.checkpoint.load import open_hf
 from jax_awq.models import decoder, sampling
 from jax_awq.models.attention import make_cache
 from jax_awq.models.config import DecoderConfig, read_decoder_config
@@ -59,8 +60,13 @@ def load(
         raise ValueError(
             f"load: layers='stacked' needs equal layers, but their windows are {config.windows}"
         )
-    tensors = load_hf(path, dtype=config.dtype, device=device, progress=progress)
-    params = assemble(tensors, config, stacked=layers == "stacked")
+    with open_hf(path, dtype=config.dtype, progress=progress) as tensors:
+        params = assemble(
+            tensors,
+            config,
+            stacked=layers == "stacked",
+            put=functools.partial(jax.device_put, device=device),
+        )
     if attention is None:
         attention = "cudnn" if _cudnn_takes(config, params["embed"]) else "xla"
     return Model(params, dataclasses.replace(config, attention=attention))

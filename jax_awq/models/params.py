@@ -1,6 +1,7 @@
 """From the tensors of a checkpoint to the parameters of a decoder."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from jax import Array
 
 from jax_awq.models.config import DecoderConfig, Experts
 from jax_awq.models.layers import Linear
-from jax_awq.weights import AWQWeight
+from jax_awq.weights import AWQWeight, PermutedWeight
 
 _ARRAYS = ("qweight", "scales", "qzeros")
 # The axis of N in each array of a weight, by layout.
@@ -18,7 +19,11 @@ _N_AXES = {"gemm": (-1, -1, -1), "gemv": (-2, -2, -2), "oc_major": (-2, -1, -1)}
 
 
 def assemble(
-    tensors: dict[str, Any], config: DecoderConfig, *, stacked: bool = False
+    tensors: dict[str, Any],
+    config: DecoderConfig,
+    *,
+    stacked: bool = False,
+    put: Callable[[Any], Any] = lambda tree: tree,
 ) -> dict[str, Any]:
     """The parameters that `jax_awq.models.decoder` takes.
 
@@ -26,9 +31,11 @@ def assemble(
     agree.
 
     Args:
-      tensors: of `load_hf`, which is emptied: each is freed when it has found its place, so that
-        no second copy of the model comes to life.
+      tensors: of `load_hf`, or the functions of `open_hf` that read them. It is emptied: each is
+        freed when it has found its place, so that no second copy of the model comes to life.
       stacked: whether the layers are stacked for a scan.
+      put: what each finished part goes through, such as `jax.device_put`: parts that are read as
+        numpy arrays are fused on the host, and a device never holds more than the model.
 
     Raises:
       ValueError: a tensor is missing, unused or misshapen, or `stacked` and layers differ.
@@ -36,11 +43,12 @@ def assemble(
     source = _Source(tensors)
     hidden, vocab = config.hidden_size, config.vocab_size
     params: dict[str, Any] = {
-        "embed": source.array("model.embed_tokens.weight", (vocab, hidden)),
-        "norm": source.array("model.norm.weight", (hidden,)),
+        "embed": put(source.array("model.embed_tokens.weight", (vocab, hidden))),
+        "norm": put(source.array("model.norm.weight", (hidden,))),
     }
-    _put_head(params, source, config)
-    layers = [_layer(source, index, config) for index in range(config.num_layers)]
+    if (head := _head(source, config, params["embed"])) is not None:
+        params["lm_head"] = put(head)
+    layers = [put(_layer(source, index, config)) for index in range(config.num_layers)]
     _drop_frequencies(source, config)
     if tensors:
         raise ValueError(
@@ -64,7 +72,7 @@ def stack(layers: list[dict[str, Any]]) -> dict[str, Any]:
     layers.clear()
     leaves = []
     for column in reversed(columns):
-        leaves.append(jnp.stack(column))
+        leaves.append(_numpy_or_jax(column).stack(column))
         column.clear()
     return jax.tree.unflatten(structures[0], leaves[::-1])
 
@@ -126,31 +134,31 @@ def _mlp(source: "_Source", name: str, size: int, config: DecoderConfig) -> dict
     return fuse(up, "gate_up_proj") | {"down_proj": down}
 
 
-def _put_head(params: dict[str, Any], source: "_Source", config: DecoderConfig) -> None:
+def _head(source: "_Source", config: DecoderConfig, embed: Array) -> Linear | None:
     found = source.has("lm_head")
     if not config.tie_embeddings:
         if not found:
             raise ValueError(
                 "load: tensor lm_head.weight is missing, and tie_word_embeddings is false"
             )
-        params["lm_head"] = source.linear(
+        return source.linear(
             "lm_head", config.hidden_size, config.vocab_size, source.has("lm_head.bias")
         )
-    elif found:
+    if found:
         head = source.linear("lm_head", config.hidden_size, config.vocab_size, False)
-        same = isinstance(head.weight, jax.Array) and jnp.array_equal(head.weight, params["embed"])
-        if not same:
+        if _is_packed(head.weight) or not jnp.array_equal(head.weight, embed):
             raise ValueError(
                 "load: lm_head.weight differs from model.embed_tokens.weight, "
                 "but tie_word_embeddings is true"
             )
+    return None
 
 
 def _drop_frequencies(source: "_Source", config: DecoderConfig) -> None:
     """Old tools wrote what the configuration already tells."""
     want = config.rope.frequencies(config.head_dim)
     for name in [n for n in source.tensors if n.endswith(".rotary_emb.inv_freq")]:
-        found = np.asarray(source.tensors.pop(name), np.float32)
+        found = np.asarray(source.take(name), np.float32)
         if found.shape != want.shape or not np.allclose(found, want, rtol=1e-2, atol=1e-7):
             raise ValueError(f"load: tensor {name} has other frequencies than config.json")
 
@@ -161,18 +169,30 @@ def fuse(parts: dict[str, Linear], name: str) -> dict[str, Linear]:
     weights = [part.weight for part in parts.values()]
     if len(biases) not in (0, len(parts)):
         return parts
-    bias = jnp.concatenate(biases) if biases else None
-    if all(isinstance(w, jax.Array) for w in weights):
-        return {name: Linear(jnp.concatenate(weights), bias)}
+    bias = _joined(biases, 0) if biases else None
+    if not any(_is_packed(w) for w in weights):
+        return {name: Linear(_joined(weights, 0), bias)}
     if any(_kind(w) is None or _kind(w) != _kind(weights[0]) for w in weights):
         return parts
     joined = {
         array: None
         if getattr(weights[0], array) is None
-        else jnp.concatenate([getattr(w, array) for w in weights], axis=axis)
+        else _joined([getattr(w, array) for w in weights], axis)
         for array, axis in zip(_ARRAYS, _N_AXES[weights[0].layout], strict=True)
     }
     return {name: Linear(dataclasses.replace(weights[0], **joined), bias)}
+
+
+def _joined(arrays: list[Any], axis: int) -> Any:
+    return _numpy_or_jax(arrays).concatenate(arrays, axis=axis)
+
+
+def _numpy_or_jax(arrays: list[Any]) -> Any:
+    return np if all(isinstance(array, np.ndarray) for array in arrays) else jnp
+
+
+def _is_packed(weight: Any) -> bool:
+    return isinstance(weight, AWQWeight | PermutedWeight)
 
 
 def _kind(weight: Any) -> Any:
@@ -192,19 +212,23 @@ class _Source:
     def has(self, name: str) -> bool:
         return name in self.tensors or f"{name}.weight" in self.tensors
 
+    def take(self, name: str) -> Any:
+        found = self.tensors.pop(name)
+        return found() if callable(found) else found
+
     def array(self, name: str, shape: tuple[int, ...]) -> Array:
         if name not in self.tensors:
             raise ValueError(f"load: tensor {name} is missing{self._instead(name)}")
-        found = self.tensors.pop(name)
+        found = self.take(name)
         if found.shape != shape:
             raise ValueError(f"load: tensor {name} must have shape {shape}, got {found.shape}")
         return found
 
     def linear(self, name: str, k: int, n: int, bias: bool, experts: int | None = None) -> Linear:
         if name in self.tensors:
-            weight = self.tensors.pop(name)
+            weight = self.take(name)
             sizes = {"K": k, "N": n}
-            if isinstance(weight, jax.Array):  # experts in float, which have no name of a weight
+            if not _is_packed(weight):  # experts in float, which have no name of a weight
                 sizes = {"N": n, "K": k}
             if experts is not None:
                 sizes = {"E": experts, **sizes}

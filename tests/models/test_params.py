@@ -14,8 +14,10 @@ from safetensors.numpy import load_file, save_file
 
 import jax_awq
 from jax_awq import models
+from jax_awq.checkpoint.load import open_hf
+from jax_awq.models.config import read_decoder_config
 from jax_awq.models.layers import Linear
-from jax_awq.models.params import fuse, stack
+from jax_awq.models.params import assemble, fuse, stack
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 Q = "model.layers.0.self_attn.q_proj"
@@ -65,6 +67,26 @@ def test_what_differs_is_not_fused(other):
     assert fuse(parts, "both") is parts
     biased = {"a": Linear(weight(16), jnp.zeros(16)), "b": Linear(weight(8))}
     assert fuse(biased, "both") is biased
+
+
+def test_a_device_gets_nothing_but_the_model():
+    """Parts are fused where they were read, one layer at a time."""
+    folder = GOLDEN / "llama-awq-gemm-g128"
+    config = read_decoder_config(folder)
+    got, left = [], []
+
+    def put(part):
+        got.append(part)
+        left.append(len(tensors))
+        return part
+
+    with open_hf(folder) as tensors:
+        params = assemble(tensors, config, put=put)
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(got))
+    assert len(got) == config.num_layers + (2 if config.tie_embeddings else 3)
+    assert left == sorted(left, reverse=True)  # a layer is put before the next is read
+    assert len(set(left)) == len(left)
+    assert set(params["layers"][0]["attention"]) == {"qkv_proj", "o_proj"}
 
 
 def test_dense_is_fused():
