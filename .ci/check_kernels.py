@@ -21,8 +21,9 @@ SOURCES = {
     "awq_gemm_simt.cu": 0,
     "awq_gemm_tma_bf16.cu": 0,
     "awq_gemm_tma_f16.cu": 0,
+    # wgmma_16, the only kernel of two CTAs a processor here: addresses, not sums.
     "awq_gemm_wgmma_bf16.cu": 12,
-    "awq_gemm_wgmma_f16.cu": 0,
+    "awq_gemm_wgmma_f16.cu": 12,
     "awq_dequantize.cu": 0,
     "dequantize_activation.cu": 0,
     "int8_matmul.cu": 0,
@@ -30,7 +31,8 @@ SOURCES = {
     "int8_matmul_tma.cu": 0,
     "quantize_activation.cu": 0,
 }
-TENSOR_CORES = ("mma", "tma", "wgmma")  # in which sources every kernel has to use them
+TENSOR_CORES = ("mma", "tma", "wgmma")  # in which sources every kernel has to use them,
+FINISH = "FinishTailKernel"  # but the one that adds up what others left
 
 
 def main() -> int:
@@ -71,8 +73,10 @@ def judge(source: str, report: str, ptx: str) -> list[str]:
             problems.append(f"{source}: {kernel} spills {size} bytes, allowed {SOURCES[source]}")
     if any(f"_{word}_" in source for word in TENSOR_CORES):
         for kernel in ptx.split(".entry ")[1:]:
+            name = kernel.partition("(")[0].strip()
+            if FINISH in name:
+                continue
             if "wgmma.mma_async" not in kernel and "mma.sync" not in kernel:
-                name = kernel.partition("(")[0].strip()
                 problems.append(f"{source}: {name} has no tensor core instruction")
     return problems
 
