@@ -206,7 +206,7 @@ def main(args: argparse.Namespace) -> int:
     top = report.environment() | {
         "model": dataclasses.asdict(model.config),
         "method": METHOD,
-        "checkpoint": {"bytes": size, **{name: round(s, 2) for name, s in times.items()}},
+        "checkpoint": {"bytes": size, **{name: round(s, 6) for name, s in times.items()}},
         "weights": memory.sizes(model),
         "loaded": memory.now(model),
     }
@@ -255,7 +255,7 @@ def _told(top: dict[str, Any], moment: str) -> str:
     checkpoint, weights, now = top["checkpoint"], top["weights"], top[moment]
     beyond = now["beyond_weights"]
     return (
-        f"{moment}: {checkpoint['bytes'] / 1e9:.2f} GB in {checkpoint['load_seconds']} s, "
+        f"{moment}: {checkpoint['bytes'] / 1e9:.2f} GB in {checkpoint['load_seconds']:.2f} s, "
         f"weights {(weights['packed_bytes'] + weights['other_weight_bytes']) / 1e9:.2f} GB, beyond "
         f"them {'unknown' if beyond is None else f'{beyond / 1e6:.1f} MB'}, "
         f"no float copy: {now['no_float_copy']}"
