@@ -121,16 +121,37 @@ def why_reference(device: jax.Device | str | None, target: Target | None, forced
     return _ffi.unavailable(on_device=target.local)
 
 
-def reference_plan(op: str, reason: str, refused: Mapping[str, str] | None = None) -> KernelPlan:
+def kernel_plan(
+    op: str,
+    kernel: str,
+    *,
+    route: Route = "fused",
+    tile: tuple[int, ...] = (),
+    split_k: int = 1,
+    workspace_bytes: int = 0,
+    accumulator: str = "float32",
+    refused: Mapping[str, str] | None = None,
+    reason: str = "",
+) -> KernelPlan:
+    """A plan by what is particular about it; every route gives equal bits for equal inputs."""
     return KernelPlan(
         op=op,
-        route="reference",
-        kernel="",
-        tile=(),
-        split_k=1,
-        workspace_bytes=0,
-        accumulator="float32",
+        route=route,
+        kernel=kernel,
+        tile=tile,
+        split_k=split_k,
+        workspace_bytes=workspace_bytes,
+        accumulator=accumulator,
         deterministic=True,
         refused=refused or {},
         reason=reason,
     )
+
+
+def reference_plan(op: str, reason: str, refused: Mapping[str, str] | None = None) -> KernelPlan:
+    return kernel_plan(op, "", route="reference", refused=refused, reason=reason)
+
+
+def known(dim: Any) -> int:
+    """0 for a symbolic dimension, which the planning code takes as not known."""
+    return dim if isinstance(dim, int) else 0

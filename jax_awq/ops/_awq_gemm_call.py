@@ -6,7 +6,7 @@ from jax import lax
 
 from jax_awq import _ffi
 from jax_awq._packing import weight_size
-from jax_awq._plan import KernelPlan, reference_plan, target_of, why_reference
+from jax_awq._plan import kernel_plan, known, reference_plan, target_of, why_reference
 from jax_awq._primitive import OPS
 from jax_awq.ops import _weight
 from jax_awq.ops._epilogue import epilogue
@@ -62,10 +62,10 @@ def plan_call(device, *operands, **params):
     if reason or target is None:
         return reference_plan("awq_gemm", reason)
     found = _ffi.plan_awq_gemm(
-        m=_known(out.shape[-2]),
+        m=known(out.shape[-2]),
         n=n,
         k=k,
-        batch=_known(out.shape[0]) if len(out.shape) == 3 else 1,
+        batch=known(out.shape[0]) if len(out.shape) == 3 else 1,
         group_size=_group_size(k, params),
         layout=params["layout"],
         x_dtype=str(x.dtype),
@@ -84,23 +84,15 @@ def plan_call(device, *operands, **params):
         # The last one tried takes every shape, so what it says is what no kernel can do.
         return reference_plan("awq_gemm", ["", *refused.values()][-1], refused)
     fused = kernel != "dequantize_dot"
-    return KernelPlan(
-        op="awq_gemm",
+    return kernel_plan(
+        "awq_gemm",
+        kernel,
         route="fused" if fused else "dequantize_dot",
-        kernel=kernel,
         tile=tuple(found["tile"]) if fused else (),
         split_k=found["split_k"],
         workspace_bytes=found["workspace_bytes"],
-        accumulator="float32",
-        deterministic=True,
         refused=refused,
-        reason="",
     )
-
-
-def _known(dim) -> int:
-    """0 for a symbolic dimension, which the planning code takes as not known."""
-    return dim if isinstance(dim, int) else 0
 
 
 def _group_size(k, params) -> int:

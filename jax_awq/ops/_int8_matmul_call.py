@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jax_awq import _ffi
-from jax_awq._plan import KernelPlan, reference_plan, target_of, why_reference
+from jax_awq._plan import kernel_plan, known, reference_plan, target_of, why_reference
 from jax_awq.ops._epilogue import epilogue
 
 INT32 = jnp.dtype(jnp.int32)
@@ -75,9 +75,9 @@ def plan_call(op, device, *operands, **params):
         reason = "an operand or the result is empty"
     if reason or target is None:
         return dataclasses.replace(reference_plan(op, reason), accumulator="int32")
-    batch = _known(out.shape[0]) if len(out.shape) == 3 else 1
+    batch = known(out.shape[0]) if len(out.shape) == 3 else 1
     found = _ffi.plan_int8_matmul(
-        m=_known(out.shape[-2]),
+        m=known(out.shape[-2]),
         n=out.shape[-1],
         k=contraction(a, **params),
         batch=batch,
@@ -91,23 +91,15 @@ def plan_call(op, device, *operands, **params):
     if kernel == "reference":
         plan = reference_plan(op, ["", *refused.values()][-1], refused)
         return dataclasses.replace(plan, accumulator="int32")
-    return KernelPlan(
-        op=op,
-        route="fused",
-        kernel=kernel,
+    return kernel_plan(
+        op,
+        kernel,
         tile=tuple(found["tile"]),
         split_k=found["split_k"],
         workspace_bytes=found["workspace_bytes"],
         accumulator="int32",
-        deterministic=True,
         refused=refused,
-        reason="",
     )
-
-
-def _known(dim) -> int:
-    """0 for a symbolic dimension, which the planning code takes as not known."""
-    return dim if isinstance(dim, int) else 0
 
 
 def kernel(op, plan, a, b, *values, **params):

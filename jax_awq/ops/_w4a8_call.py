@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jax_awq._packing import weight_size
-from jax_awq._plan import KernelPlan, reference_plan, target_of, why_reference
+from jax_awq._plan import KernelPlan, kernel_plan, reference_plan, target_of, why_reference
 from jax_awq._primitive import OPS
 from jax_awq.ops import _activation, _weight
 from jax_awq.ops._epilogue import epilogue
@@ -153,17 +153,8 @@ def plan_call(op, device, *operands, **params):
         refused["int8_matmul"] = found.reason
     if is_codes(x):
         return _with_accumulator(reference_plan(op, refused["int8_matmul"], refused), params)
-    return KernelPlan(
-        op=op,
-        route="group_products",
-        kernel="quantize_activation",
-        tile=(),
-        split_k=1,
-        workspace_bytes=0,
-        accumulator="int32",
-        deterministic=True,
-        refused=refused,
-        reason="",
+    return kernel_plan(
+        op, "quantize_activation", route="group_products", accumulator="int32", refused=refused
     )
 
 

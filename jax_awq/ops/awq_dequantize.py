@@ -11,7 +11,7 @@ from jax_awq import _ffi
 from jax_awq._batching import fold_batch
 from jax_awq._checks import FLOATS, check_dtype
 from jax_awq._packing import weight_size
-from jax_awq._plan import KernelPlan, reference_plan, target_of, why_reference
+from jax_awq._plan import kernel_plan, reference_plan, target_of, why_reference
 from jax_awq._primitive import OpDef, Sharding, apply_explicit, bind_varying, define_primitive
 from jax_awq.ops import _weight
 
@@ -105,18 +105,7 @@ def _plan(device, qweight, scales, *rest, layout, group_size, symmetric, dtype, 
     reason = reason or _weight.no_kernel(*weight_size(qweight.shape, layout), group_size)
     if reason:
         return reference_plan("awq_dequantize", reason)
-    return KernelPlan(
-        op="awq_dequantize",
-        route="fused",
-        kernel="awq_dequantize",
-        tile=(),
-        split_k=1,
-        workspace_bytes=0,
-        accumulator="float32",
-        deterministic=True,
-        refused={},
-        reason="",
-    )
+    return kernel_plan("awq_dequantize", "awq_dequantize")
 
 
 def _kernel(plan, *operands, layout, group_size, symmetric, dtype, variant):

@@ -10,7 +10,7 @@ from jax import Array
 
 from jax_awq import _ffi
 from jax_awq._checks import FLOATS, check_dtype
-from jax_awq._plan import KernelPlan, reference_plan, target_of, why_reference
+from jax_awq._plan import kernel_plan, reference_plan, target_of, why_reference
 from jax_awq._primitive import OpDef, Sharding, apply_explicit, bind_varying, define_primitive
 from jax_awq.ops import _activation, _weight
 from jax_awq.ops._activation import QuantizedActivation
@@ -89,18 +89,7 @@ def _plan(device, q, scale, *, bits, odd, dtype, variant):
         reason = "K is not below 2**31"
     if reason:
         return reference_plan("dequantize_activation", reason)
-    return KernelPlan(
-        op="dequantize_activation",
-        route="fused",
-        kernel="dequantize_activation",
-        tile=(),
-        split_k=1,
-        workspace_bytes=0,
-        accumulator="float32",
-        deterministic=True,
-        refused={},
-        reason="",
-    )
+    return kernel_plan("dequantize_activation", "dequantize_activation")
 
 
 def _kernel(plan, q, scale, *, bits, odd, dtype, variant):

@@ -10,7 +10,7 @@ from jax import lax
 
 from jax_awq import _ffi
 from jax_awq._checks import FLOATS, check_choice, check_dtype, check_shape
-from jax_awq._plan import KernelPlan, reference_plan, target_of, why_reference
+from jax_awq._plan import kernel_plan, reference_plan, target_of, why_reference
 from jax_awq._primitive import OpDef, Sharding, apply_explicit, bind_varying, define_primitive
 from jax_awq.ops import _activation, _weight
 from jax_awq.ops._activation import GRANULARITIES, LARGEST_CODE, QuantizedActivation
@@ -147,18 +147,7 @@ def _plan(device, x, *scale, bits, group_size, variant):
         reason = "K is not below 2**31"
     if reason:
         return reference_plan("quantize_activation", reason)
-    return KernelPlan(
-        op="quantize_activation",
-        route="fused",
-        kernel="columns" if scale else "rows",
-        tile=(),
-        split_k=1,
-        workspace_bytes=0,
-        accumulator="float32",
-        deterministic=True,
-        refused={},
-        reason="",
-    )
+    return kernel_plan("quantize_activation", "columns" if scale else "rows")
 
 
 def _kernel(plan, x, *scale, bits, group_size, variant):
