@@ -1,4 +1,4 @@
-// y = act(x @ ((q - z) * s) + bias), or x @ ((q - z) * s)^T.
+// y = act(row_scale * (x @ ((q - z) * s)) + bias), or x @ ((q - z) * s)^T.
 #pragma once
 
 #include <string>
@@ -8,6 +8,14 @@
 #include "kernels/types.h"
 
 namespace jax_awq {
+
+// With x of one byte, kernels multiply codes as they are and take what zero points make of it from
+// sums of x over chunks of so many indices of K.
+constexpr int64_t kSumChunk = 128;
+// bfloat16 entries of a row of those sums: four for each chunk, and a multiple of 16 bytes.
+constexpr int64_t ChunkSumColumns(int64_t k) {
+  return (k + 2 * kSumChunk - 1) / (2 * kSumChunk) * 8;
+}
 
 struct AwqGemmProblem {
   int64_t m = 0;  // rows of x; 0 while planning: not known yet
@@ -61,6 +69,14 @@ struct AwqGemmBuffers {
   int64_t bias_stride;
   DType bias_dtype;
   Activation activation;
+  // (batch?, M), or nullptr: 1. With x of float16 it makes the codes of W4A8 of them, too.
+  const float* row_scale;
+  // (batch?, M, ChunkSumColumns(K)) bfloat16, where x is int8 or float8: the sum of a chunk as
+  // high, low, high, low, whose sum it is; zeros past the last chunk.
+  const void* chunk_sums;
+  int64_t row_scale_stride;
+  int64_t chunk_sums_stride;
+  bool overlap;  // the kernel before writes x, row_scale and chunk_sums, and lets this one start
 };
 
 // Returns nullptr, or what went wrong.

@@ -16,9 +16,11 @@ namespace jax_awq {
 
 using Stream = CUstream_st*;
 
-enum class DType : uint8_t { kF16, kBF16, kF32 };
+enum class DType : uint8_t { kF16, kBF16, kF32, kS8, kE4M3 };
 
-JAX_AWQ_HOST_DEVICE constexpr int SizeOf(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
+JAX_AWQ_HOST_DEVICE constexpr int SizeOf(DType dtype) {
+  return dtype == DType::kF32 ? 4 : dtype == DType::kS8 || dtype == DType::kE4M3 ? 1 : 2;
+}
 
 // How the eight codes of a word of qweight lie.
 enum class Layout : uint8_t {
