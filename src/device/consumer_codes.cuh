@@ -49,20 +49,28 @@ class CodesConsumer {
 
  public:
   __device__ CodesConsumer(uint32_t shared, int group_shift, bool has_zeros, bool bf16_scales,
-                           int members)
+                           int first_rank, int members)
       : lane(shared, has_zeros),
         shared_(shared),
         single_(group_shift == kSingleGroup),
         bf16_scales_(bf16_scales),
+        first_rank_(first_rank),
         members_(members) {
     const bool swapped = threadIdx.x % 4 >= 2;
     selector_ = KeepInRegister((swapped ? 0x2064 : 0x6420) + 0x1111 * lane.byte);
   }
 
-  // Of the steps in `share`, from whose sums zero points are subtracted.
+  // The chunks of the steps in `share`, from an even one on: two of them are the 16 bytes that a
+  // copy has to start at.
+  __device__ static Share SumShare(Share share) {
+    share.count += share.first % 2;
+    share.first -= share.first % 2;
+    return share;
+  }
+  // How many stages they take.
   __device__ static int SumStages(const Share& share, bool has_zeros) {
-    return has_zeros || Codes::kZero == 0 ? (share.count + Tile::kSumChunks - 1) / Tile::kSumChunks
-                                          : 0;
+    const int chunks = SumShare(share).count;
+    return has_zeros || Codes::kZero == 0 ? (chunks + Tile::kSumChunks - 1) / Tile::kSumChunks : 0;
   }
 
   // As WgmmaConsumer's.
@@ -129,6 +137,7 @@ class CodesConsumer {
   __device__ __forceinline__ void SubtractZeroPoints(const Share& share,
                                                      float (&acc)[kTiles][kTokens / 2]) {
     const int stages = SumStages(share, lane.has_zeros);
+    const Share chunks = SumShare(share);
     const int t = threadIdx.x % 4;
 #pragma unroll 1
     for (int i = 0; i < stages; ++i) {
@@ -143,7 +152,8 @@ class CodesConsumer {
           // Of the four entries of a chunk, high, low, high, low, two lanes have two each: the
           // first multiplies them with the high part of z * s, the second with the low.
           const int chunk = 4 * s + 2 * half + t / 2;
-          const bool valid = Tile::kSumChunks * i + chunk < share.count;
+          const int at = chunks.first + Tile::kSumChunks * i + chunk;
+          const bool valid = at >= share.first && at < share.first + share.count;
           float products[2 * kTiles];
           LoadZeroPoints(stage, single_ ? 0 : chunk, products);
 #pragma unroll
@@ -208,12 +218,12 @@ class CodesConsumer {
   // instruction: with branches here ptxas serializes the wgmmas.
   __device__ void Release(int stage) const {
     const int l = threadIdx.x % 32;
-    if (l < members_) BarrierArriveAt(Tile::Empty(shared_, stage), l);
+    if (l < members_) BarrierArriveAt(Tile::Empty(shared_, stage), first_rank_ + l);
   }
 
   const uint32_t shared_;
   const bool single_, bf16_scales_;
-  const int members_;
+  const int first_rank_, members_;  // in the cluster, of those that share x
   uint32_t selector_;
   StageCounter<Tile::kStages> at_;
 };
