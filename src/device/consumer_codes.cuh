@@ -57,6 +57,7 @@ class CodesConsumer {
         first_rank_(first_rank),
         members_(members) {
     const bool swapped = threadIdx.x % 4 >= 2;
+    if (threadIdx.x / 128 == 1) NamedBarrierArrive<256>(kTurn);  // the first turn
     selector_ = KeepInRegister((swapped ? 0x2064 : 0x6420) + 0x1111 * lane.byte);
   }
 
@@ -83,8 +84,66 @@ class CodesConsumer {
       PinRegisters(acc[j]);
     }
     SubtractZeroPoints(share, acc);
-    SumOf<T> sums[kTiles][kTokens / 2];
+    if (single_) {
+      AccumulateSingle(share, acc);
+    } else {
+      AccumulateGroups(share, acc);
+    }
+  }
+
+  const TmaLane<Tile> lane;
+
+ private:
+  using Sums = SumOf<T>[kTiles][kTokens / 2];
+
+  // A step is a group. Its sums occupy the tensor cores for as long as it takes to scale them, so
+  // warpgroups take turns: one multiplies while the other scales.
+  __device__ __forceinline__ void AccumulateGroups(const Share& share,
+                                                   float (&acc)[kTiles][kTokens / 2]) {
+    const int warpgroup = threadIdx.x / 128;
+    Sums sums;
+    uint32_t codes[4][4];
+    BarrierWait(Tile::Full(shared_, at_.stage), at_.phase);
+    lane.LoadCodes(at_.stage, codes);
+#pragma unroll 1
+    for (int i = 0; i < share.count; ++i) {
+      const int stage = at_.stage;
+      float scales[2 * kTiles];
+      LoadScales(stage, scales);
+      uint32_t a[4][kTiles][4];
+#pragma unroll
+      for (int s = 0; s < 4; ++s) Get(codes[s], a[s]);
+      NamedBarrierSync<256>(kTurn + warpgroup);
+      WgmmaFence();
+#pragma unroll
+      for (int s = 0; s < 4; ++s) {
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) {
+          WgmmaBytes<T, kTokens>(sums[j], a[s][j], XTile(stage) + 2 * s, s > 0);
+        }
+      }
+      WgmmaCommit();
+      NamedBarrierArrive<256>(kTurn + 1 - warpgroup);
+      // The next stage, or once more this one where there is none.
+      if (i + 1 < share.count) at_.Advance();
+      BarrierWait(Tile::Full(shared_, at_.stage), at_.phase);
+      lane.LoadCodes(at_.stage, codes);
+      WgmmaWait<0>();
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) PinRegisters(sums[j]);
+      Release(stage);
+      AddScaled(sums, scales, acc);
+    }
+    at_.Advance();
+  }
+
+  // All steps are one group.
+  __device__ __forceinline__ void AccumulateSingle(const Share& share,
+                                                   float (&acc)[kTiles][kTokens / 2]) {
+    Sums sums;
     float scales[2 * kTiles];
+    uint32_t a[2][kTiles][4];
+    int previous = -1;
 #pragma unroll 1
     for (int i = 0; i < share.count; ++i) {
       const int stage = at_.stage;
@@ -92,47 +151,60 @@ class CodesConsumer {
       uint32_t codes[4][4];
       lane.LoadCodes(stage, codes);
       LoadScales(stage, scales);
-      const uint64_t x = SwizzledRows(Tile::X(shared_, 0)) + (stage * Tile::kXBytes >> 4);
-      uint32_t a[4][kTiles][4];
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
-#pragma unroll
-        for (int j = 0; j < kTiles; ++j) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const uint32_t bytes =
-                SelectBytes(codes[s][2 * half], codes[s][2 * half + 1], selector_ + 0x1111 * j);
-            a[s][j][2 * half] = Codes::Low(bytes);
-            a[s][j][2 * half + 1] = Codes::High(bytes);
-          }
-          PinRegisters(a[s][j]);  // or they are made behind the fence
-        }
+        // All but the newest are done: these registers are free again.
+        WgmmaWait<1>();
+        if (s == 1 && previous >= 0) Release(previous);
+        Get(codes[s], a[s % 2]);
         WgmmaFence();
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
-          WgmmaBytes<T, kTokens>(sums[j], a[s][j], x + 2 * s, s > 0 || (single_ && i > 0));
+          WgmmaBytes<T, kTokens>(sums[j], a[s % 2][j], XTile(stage) + 2 * s, s > 0 || i > 0);
         }
         WgmmaCommit();
       }
-      WgmmaWait<0>();
-#pragma unroll
-      for (int j = 0; j < kTiles; ++j) PinRegisters(sums[j]);
-      Release(stage);
+      previous = stage;
       at_.Advance();
-      if (single_ && i + 1 < share.count) continue;
+    }
+    WgmmaWait<0>();
 #pragma unroll
-      for (int j = 0; j < kTiles; ++j) {
+    for (int j = 0; j < kTiles; ++j) PinRegisters(sums[j]);
+    Release(previous);
+    AddScaled(sums, scales, acc);
+  }
+
+  __device__ __forceinline__ static void AddScaled(const Sums& sums,
+                                                   const float (&scales)[2 * kTiles],
+                                                   float (&acc)[kTiles][kTokens / 2]) {
 #pragma unroll
-        for (int k = 0; k < kTokens / 2; ++k) {
-          acc[j][k] = fmaf(static_cast<float>(sums[j][k]), scales[2 * j + k / 2 % 2], acc[j][k]);
-        }
+    for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+      for (int i = 0; i < kTokens / 2; ++i) {
+        acc[j][i] = fmaf(static_cast<float>(sums[j][i]), scales[2 * j + i / 2 % 2], acc[j][i]);
       }
     }
   }
 
-  const TmaLane<Tile> lane;
+  // Fragments of 32 rows of codes.
+  __device__ __forceinline__ void Get(const uint32_t (&codes)[4], uint32_t (&a)[kTiles][4]) const {
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t bytes =
+            SelectBytes(codes[2 * half], codes[2 * half + 1], selector_ + 0x1111 * j);
+        a[j][2 * half] = Codes::Low(bytes);
+        a[j][2 * half + 1] = Codes::High(bytes);
+      }
+      PinRegisters(a[j]);  // or they are made behind the fence
+    }
+  }
 
- private:
+  __device__ uint64_t XTile(int stage) const {  // descriptors count 16 bytes
+    return SwizzledRows(Tile::X(shared_, 0)) + (stage * Tile::kXBytes >> 4);
+  }
+
   // acc = -sum of z * s * (sum of x), over the chunks of `share`.
   __device__ __forceinline__ void SubtractZeroPoints(const Share& share,
                                                      float (&acc)[kTiles][kTokens / 2]) {
@@ -143,7 +215,6 @@ class CodesConsumer {
     for (int i = 0; i < stages; ++i) {
       const int stage = at_.stage;
       BarrierWait(Tile::Full(shared_, stage), at_.phase);
-      const uint64_t x = SwizzledRows(Tile::X(shared_, 0)) + (stage * Tile::kXBytes >> 4);
       uint32_t a[4][kTiles][4];
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
@@ -172,7 +243,7 @@ class CodesConsumer {
       for (int s = 0; s < 4; ++s) {
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
-          Wgmma<__nv_bfloat16, kTokens>(acc[j], a[s][j], x + 2 * s);
+          Wgmma<__nv_bfloat16, kTokens>(acc[j], a[s][j], XTile(stage) + 2 * s);
         }
       }
       WgmmaCommit();
@@ -221,6 +292,7 @@ class CodesConsumer {
     if (l < members_) BarrierArriveAt(Tile::Empty(shared_, stage), first_rank_ + l);
   }
 
+  static constexpr int kTurn = 2;  // named barriers of the warpgroups
   const uint32_t shared_;
   const bool single_, bf16_scales_;
   const int first_rank_, members_;  // in the cluster, of those that share x

@@ -176,16 +176,21 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
       return Consumer(shared, group_shift, has_zeros);
     }
   }();
+  if (p.buffers.overlap) WaitForKernelBefore();        // which writes the scales of rows
   const unsigned items = Tile::kMma ? 1 : work.items;  // few rows are one tile a CTA
 #pragma unroll 1
   for (unsigned item = 0; item < items; ++item) {
     work.Next();
+    unsigned batch, row, column;
+    order.Find(work.tile, &batch, &row, &column);
+    EpilogueParams epilogue = MakeEpilogue(p, batch);
+    if (epilogue.partials) epilogue.WriteOnly(split * p.batch * p.size());
+    const RowScales<kTokens> row_scales(epilogue, static_cast<int64_t>(row) * kTokens);
+
     float acc[kTiles][kTokens / 2];
     __builtin_assume(work.share.count > 0);  // or ptxas serializes what follows
     consumer.Accumulate(work.share, acc);
 
-    unsigned batch, row, column;
-    order.Find(work.tile, &batch, &row, &column);
     const unsigned blocks = blocks_of(row);
     if (!Tile::kMma && work.slot >= 0) {
       float4* part = static_cast<float4*>(p.buffers.workspace) +
@@ -201,8 +206,6 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
       }
       continue;
     }
-    EpilogueParams epilogue = MakeEpilogue(p, batch);
-    if (epilogue.partials) epilogue.WriteOnly(split * p.batch * p.size());
     const int64_t output0 = (static_cast<int64_t>(column) * members + member) * Tile::kOutputs;
     const int64_t token = static_cast<int64_t>(row) * kTokens + 2 * t + g % 2;
     if (!params.exchange) {
@@ -216,7 +219,9 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
 #pragma unroll
           for (int i = 0; i < 4; ++i) v[j][i] = acc[j][4 * b + i];
         }
-        half.template Store<false>(epilogue, v, token + 8 * b);
+        float scales[2];
+        row_scales.Get(b, scales);
+        half.template Store<false>(epilogue, v, scales, token + 8 * b);
       }
       continue;
     }
@@ -287,7 +292,10 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
           const float4& sum = sums[u * kUnitTiles + j];
           v[j][0] = sum.x, v[j][1] = sum.y, v[j][2] = sum.z, v[j][3] = sum.w;
         }
-        half.template Store<true>(epilogue, v, token + unit / (kWarpUnits * Tile::kTeamWarps) * 8);
+        const unsigned block = unit / (kWarpUnits * Tile::kTeamWarps);
+        float scales[2];
+        row_scales.Get(block, scales);
+        half.template Store<true>(epilogue, v, scales, token + 8 * block);
       }
     }
     if (p.cluster || members > 1) {  // nobody leaves while others read its memory, or arrive at it
@@ -346,7 +354,9 @@ __global__ void __launch_bounds__(32 * TmaTile<kTokens, kTiles, 2>::kTeamWarps)
   const HalfWord<kTiles> half(epilogue,
                               static_cast<int64_t>(column) * Tile::kOutputs + 8 * Lane::Word(warp),
                               Lane::Byte(warp), odd);
-  half.template Store<true>(epilogue, v, token0 + 2 * (lane % 4) + odd);
+  const int64_t pair = token0 + 2 * (lane % 4);
+  const float scales[2] = {epilogue.RowScale(pair), epilogue.RowScale(pair + 1)};
+  half.template Store<true>(epilogue, v, scales, pair + odd);
 #endif
 }
 
