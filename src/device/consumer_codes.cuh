@@ -121,13 +121,15 @@ class CodesConsumer {
         for (int j = 0; j < kTiles; ++j) {
           WgmmaBytes<T, kTokens>(sums[j], a[s][j], XTile(stage) + 2 * s, s > 0);
         }
+        WgmmaCommit();
       }
-      WgmmaCommit();
-      NamedBarrierArrive<256>(kTurn + 1 - warpgroup);
       // The next stage, or once more this one where there is none.
       if (i + 1 < share.count) at_.Advance();
       BarrierWait(Tile::Full(shared_, at_.stage), at_.phase);
       lane.LoadCodes(at_.stage, codes);
+      // With what is issued, the other's would be mixed in, and both would scale at once.
+      WgmmaWait<1>();
+      NamedBarrierArrive<256>(kTurn + 1 - warpgroup);
       WgmmaWait<0>();
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) PinRegisters(sums[j]);
