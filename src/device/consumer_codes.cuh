@@ -57,7 +57,6 @@ class CodesConsumer {
         first_rank_(first_rank),
         members_(members) {
     const bool swapped = threadIdx.x % 4 >= 2;
-    if (threadIdx.x / 128 == 1) NamedBarrierArrive<256>(kTurn);  // the first turn
     selector_ = KeepInRegister((swapped ? 0x2064 : 0x6420) + 0x1111 * lane.byte);
   }
 
@@ -96,11 +95,9 @@ class CodesConsumer {
  private:
   using Sums = SumOf<T>[kTiles][kTokens / 2];
 
-  // A step is a group. Its sums occupy the tensor cores for as long as it takes to scale them, so
-  // warpgroups take turns: one multiplies while the other scales.
+  // A step is a group.
   __device__ __forceinline__ void AccumulateGroups(const Share& share,
                                                    float (&acc)[kTiles][kTokens / 2]) {
-    const int warpgroup = threadIdx.x / 128;
     Sums sums;
     uint32_t codes[4][4];
     BarrierWait(Tile::Full(shared_, at_.stage), at_.phase);
@@ -113,7 +110,6 @@ class CodesConsumer {
       uint32_t a[4][kTiles][4];
 #pragma unroll
       for (int s = 0; s < 4; ++s) Get(codes[s], a[s]);
-      NamedBarrierSync<256>(kTurn + warpgroup);
       WgmmaFence();
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
@@ -121,15 +117,12 @@ class CodesConsumer {
         for (int j = 0; j < kTiles; ++j) {
           WgmmaBytes<T, kTokens>(sums[j], a[s][j], XTile(stage) + 2 * s, s > 0);
         }
-        WgmmaCommit();
       }
+      WgmmaCommit();
       // The next stage, or once more this one where there is none.
       if (i + 1 < share.count) at_.Advance();
       BarrierWait(Tile::Full(shared_, at_.stage), at_.phase);
       lane.LoadCodes(at_.stage, codes);
-      // With what is issued, the other's would be mixed in, and both would scale at once.
-      WgmmaWait<1>();
-      NamedBarrierArrive<256>(kTurn + 1 - warpgroup);
       WgmmaWait<0>();
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) PinRegisters(sums[j]);
@@ -294,7 +287,6 @@ class CodesConsumer {
     if (l < members_) BarrierArriveAt(Tile::Empty(shared_, stage), first_rank_ + l);
   }
 
-  static constexpr int kTurn = 2;  // named barriers of the warpgroups
   const uint32_t shared_;
   const bool single_, bf16_scales_;
   const int first_rank_, members_;  // in the cluster, of those that share x

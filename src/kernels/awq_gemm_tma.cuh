@@ -206,6 +206,10 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
       }
       continue;
     }
+    if (p.buffers.row_scale) {
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) row_scales.Multiply(acc[j]);
+    }
     const int64_t output0 = (static_cast<int64_t>(column) * members + member) * Tile::kOutputs;
     const int64_t token = static_cast<int64_t>(row) * kTokens + 2 * t + g % 2;
     if (!params.exchange) {
@@ -219,9 +223,7 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
 #pragma unroll
           for (int i = 0; i < 4; ++i) v[j][i] = acc[j][4 * b + i];
         }
-        float scales[2];
-        row_scales.Get(b, scales);
-        half.template Store<false>(epilogue, v, scales, token + 8 * b);
+        half.template Store<false>(epilogue, v, token + 8 * b);
       }
       continue;
     }
@@ -292,10 +294,7 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
           const float4& sum = sums[u * kUnitTiles + j];
           v[j][0] = sum.x, v[j][1] = sum.y, v[j][2] = sum.z, v[j][3] = sum.w;
         }
-        const unsigned block = unit / (kWarpUnits * Tile::kTeamWarps);
-        float scales[2];
-        row_scales.Get(block, scales);
-        half.template Store<true>(epilogue, v, scales, token + 8 * block);
+        half.template Store<true>(epilogue, v, token + unit / (kWarpUnits * Tile::kTeamWarps) * 8);
       }
     }
     if (p.cluster || members > 1) {  // nobody leaves while others read its memory, or arrive at it
@@ -355,8 +354,9 @@ __global__ void __launch_bounds__(32 * TmaTile<kTokens, kTiles, 2>::kTeamWarps)
                               static_cast<int64_t>(column) * Tile::kOutputs + 8 * Lane::Word(warp),
                               Lane::Byte(warp), odd);
   const int64_t pair = token0 + 2 * (lane % 4);
-  const float scales[2] = {epilogue.RowScale(pair), epilogue.RowScale(pair + 1)};
-  half.template Store<true>(epilogue, v, scales, pair + odd);
+#pragma unroll
+  for (int i = 0; i < 4 * kTiles; ++i) v[i / 4][i % 4] *= epilogue.RowScale(pair + i % 2);
+  half.template Store<true>(epilogue, v, pair + odd);
 #endif
 }
 
