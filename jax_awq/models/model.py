@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,9 @@ from jax_awq.checkpoint.load import open_hf
 from jax_awq.models import decoder, sampling
 from jax_awq.models.attention import make_cache
 from jax_awq.models.config import DecoderConfig, read_decoder_config
-from jax_awq.models.params import assemble
+from jax_awq.models.params import assemble, disassemble
+from jax_awq.models.quantization import Recorder, quantization_blocks
+from jax_awq.quantize import Block
 
 _BUCKET = 64  # lengths are rounded up to it, so that few programs serve all prompts
 
@@ -34,7 +36,8 @@ def load(
     """Loads a Hugging Face folder with a Llama, Mistral, Qwen2, Qwen3 or Qwen3-MoE decoder.
 
     Args:
-      path: as for `jax_awq.load_hf`; the weights stay packed.
+      path: as for `jax_awq.load_hf`; the weights stay packed. It may also be a float checkpoint,
+        in which nothing tells of quantization, for `jax_awq.quantize`.
       dtype: float16, bfloat16 or float32, of activations and of what is not quantized; by default
         that of config.json.
       layers: "unrolled", a program with every layer of its own, or "stacked", one `lax.scan` over
@@ -162,6 +165,23 @@ class Model:
             return sampling.sample(logits, key, step, temperature, top_p, nucleus=top_p < 1)
 
         return self._stream(ids, start, max_new_tokens, pick, np.asarray(ends, np.int32))
+
+    def quantization(
+        self, tokens: Any
+    ) -> tuple[dict[str, Array], Callable[[Block], list[Array]], list[Block]]:
+        """What `jax_awq.quantize` asks of a model: its tensors, the inputs of a block, and blocks.
+
+        Args:
+          tokens: (B, T) without padding, or several such batches.
+
+        Raises:
+          ValueError: the model has packed weights or experts, or tokens are as `logits` refuses.
+        """
+        params = disassemble(self.params, self.config)
+        batches = [tokens] if hasattr(tokens, "ndim") else list(tokens)
+        checked = [jnp.asarray(self._checked("quantize", ids, None, 0)[0]) for ids in batches]
+        recorder = Recorder(self.params, self.config, checked)
+        return params, recorder, quantization_blocks(params, self.config)
 
     def _stream(self, ids, start, max_new_tokens, pick, ends) -> Iterator[np.ndarray]:
         if max_new_tokens == 0:
