@@ -168,7 +168,7 @@ class Model:
 
     def quantization(
         self, tokens: Any
-    ) -> tuple[dict[str, Array], Callable[[Block], list[Array]], list[Block]]:
+    ) -> tuple[dict[str, np.ndarray], Callable[[Block], list[Array]], list[Block]]:
         """What `jax_awq.quantize` asks of a model: its tensors, the inputs of a block, and blocks.
 
         Args:

@@ -58,8 +58,10 @@ def assemble(
     return params
 
 
-def disassemble(params: dict[str, Any], config: DecoderConfig) -> dict[str, Array]:
+def disassemble(params: dict[str, Any], config: DecoderConfig) -> dict[str, np.ndarray]:
     """The tensors of a dense decoder by their names in a checkpoint, the inverse of `assemble`.
+
+    They are on the host, so that a device never holds a second copy of the model.
 
     Raises:
       ValueError: `config` has experts, or a linear is packed.
@@ -83,10 +85,10 @@ def disassemble(params: dict[str, Any], config: DecoderConfig) -> dict[str, Arra
         for part, module in (("attention", "self_attn"), ("mlp", "mlp")):
             for linear, value in layer[part].items():
                 tensors |= _tensors(f"{name}.{module}.{linear}", value, sizes.get(linear))
-    return tensors
+    return {name: np.asarray(array) for name, array in tensors.items()}
 
 
-def _tensors(name: str, linear: Linear, sizes: dict[str, int] | None = None) -> dict[str, Array]:
+def _tensors(name: str, linear: Linear, sizes: dict[str, int] | None = None) -> dict[str, Any]:
     """Weight and bias of a linear, or of those that were fused into it."""
     if not isinstance(linear.weight, Array):
         raise ValueError(f"quantize: the weights of model must be float, {name} is packed")
@@ -95,7 +97,7 @@ def _tensors(name: str, linear: Linear, sizes: dict[str, int] | None = None) -> 
     tensors = {}
     for kind, value in linear._asdict().items():
         if value is not None:
-            split = jnp.split(value, ends) if sizes else [value]
+            split = np.split(np.asarray(value), ends) if sizes else [value]
             for part, array in zip(sizes or (own,), split, strict=True):
                 tensors[f"{prefix}.{part}.{kind}".lstrip(".")] = array
     return tensors
