@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jax_awq._checks import read_dtype
 from jax_awq.checkpoint.config import QuantConfig, find_config, read_config
 from jax_awq.checkpoint.counts import check_counts
 from jax_awq.checkpoint.files import Tensor, find_tensors, open_tensors
@@ -80,8 +81,9 @@ def open_hf(
     files are mapped, and the functions valid, inside the context. With `dense` a checkpoint is
     taken, too, in which neither tensors nor configuration tell of quantization.
     """
+    dtype = None if dtype is None else read_dtype("load_hf", dtype)
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"load_hf: dtype must be floating, got {jnp.dtype(dtype)}")
+        raise TypeError(f"load_hf: dtype must be floating, got {dtype}")
     folder = Path(path)
     tensors = find_tensors(folder)
     linears: dict[str, Linear] = {}
@@ -100,7 +102,7 @@ def open_hf(
             array = read(tensor)
             report(1)
             if dtype is not None and jnp.issubdtype(array.dtype, jnp.floating):
-                array = array.astype(np.dtype(dtype))
+                array = array.astype(dtype)
             return array
 
         def read_quantized(linear: Linear) -> AWQWeight | PermutedWeight:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jax_awq._checks import read_dtype
 from jax_awq.checkpoint.load import open_hf
 from jax_awq.models import decoder, sampling
 from jax_awq.models.attention import make_cache
@@ -56,7 +57,7 @@ def load(
         raise ValueError(f"load: layers must be 'unrolled' or 'stacked', got {layers!r}")
     config = read_decoder_config(Path(path))
     if dtype is not None:
-        config = dataclasses.replace(config, dtype=str(jnp.dtype(dtype)))
+        config = dataclasses.replace(config, dtype=str(read_dtype("load", dtype)))
     if config.dtype not in ("float16", "bfloat16", "float32"):
         raise TypeError(f"load: dtype must be float16, bfloat16 or float32, got {config.dtype}")
     if layers == "stacked" and len(set(config.windows)) > 1:
