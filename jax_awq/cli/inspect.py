@@ -133,7 +133,7 @@ def survey(folder: Path) -> Survey:
             if config is not None:
                 check_quantized(folder, tensors, linears)
             check_whole(folder, tensors, linears)
-            _assemble(linears, plain, model)
+            _assemble(folder, linears, plain, model)
             found.model = model
     except (OSError, ValueError) as error:
         found.problems.append(str(error))
@@ -148,7 +148,10 @@ def _linear_entry(module: str, linear: Linear) -> Entry:
 
 
 def _assemble(
-    linears: Mapping[str, Linear], plain: Mapping[str, Tensor], model: DecoderConfig
+    folder: Path,
+    linears: Mapping[str, Linear],
+    plain: Mapping[str, Tensor],
+    model: DecoderConfig,
 ) -> None:
     """What `models.load` does, without values; what it asks of these is left out."""
     tied = ("lm_head.weight",) if model.tie_embeddings else ()
@@ -158,7 +161,7 @@ def _assemble(
         if name not in tied and not name.endswith(".rotary_emb.inv_freq")
     }
     named |= {module: _abstract_weight(linear.geometry) for module, linear in linears.items()}
-    jax.eval_shape(lambda tensors: assemble(dict(tensors), model), named)
+    jax.eval_shape(lambda tensors: assemble(dict(tensors), model, place=folder), named)
 
 
 def _abstract_array(tensor: Tensor) -> jax.ShapeDtypeStruct:

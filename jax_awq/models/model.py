@@ -18,8 +18,8 @@ from jax_awq.checkpoint.load import open_hf
 from jax_awq.models import decoder, sampling
 from jax_awq.models.attention import make_cache
 from jax_awq.models.config import DecoderConfig, read_decoder_config
-from jax_awq.models.params import assemble, disassemble
-from jax_awq.models.quantization import Recorder, quantization_blocks
+from jax_awq.models.params import assemble
+from jax_awq.models.quantization import Recorder, disassemble, quantization_blocks
 from jax_awq.quantize import Block
 
 _BUCKET = 64  # lengths are rounded up to it, so that few programs serve all prompts
@@ -70,6 +70,7 @@ def load(
             config,
             stacked=layers == "stacked",
             put=functools.partial(jax.device_put, device=device),
+            place=path,
         )
     if attention is None:
         attention = "cudnn" if _cudnn_takes(config, params["embed"]) else "xla"

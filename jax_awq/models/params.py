@@ -24,6 +24,7 @@ def assemble(
     *,
     stacked: bool = False,
     put: Callable[[Any], Any] = lambda tree: tree,
+    place: Any = "the tensors",
 ) -> dict[str, Any]:
     """The parameters that `jax_awq.models.decoder` takes.
 
@@ -36,11 +37,12 @@ def assemble(
       stacked: whether the layers are stacked for a scan.
       put: what each finished part goes through, such as `jax.device_put`: parts that are read as
         numpy arrays are fused on the host, and a device never holds more than the model.
+      place: where the tensors are from, for messages.
 
     Raises:
       ValueError: a tensor is missing, unused or misshapen, or `stacked` and layers differ.
     """
-    source = _Source(tensors)
+    source = _Source(tensors, place)
     hidden, vocab = config.hidden_size, config.vocab_size
     params: dict[str, Any] = {
         "embed": put(source.array("model.embed_tokens.weight", (vocab, hidden))),
@@ -52,62 +54,11 @@ def assemble(
     _drop_frequencies(source, config)
     if tensors:
         raise ValueError(
-            f"load: model_type {config.model_type!r} has no place for {_some(sorted(tensors))}"
+            f"load: model_type {config.model_type!r} has no place for {_some(sorted(tensors))} "
+            f"in {place}"
         )
     params["layers"] = stack(layers) if stacked else tuple(layers)
     return params
-
-
-def disassemble(params: dict[str, Any], config: DecoderConfig) -> dict[str, np.ndarray]:
-    """The tensors of a dense decoder by their names in a checkpoint, the inverse of `assemble`.
-
-    They are on the host, so that a device never holds a second copy of the model.
-
-    Raises:
-      ValueError: `config` has experts, or a linear is packed.
-    """
-    if config.experts is not None:
-        raise ValueError(f"quantize: model must be dense, got one of {config.model_type!r}")
-    tensors = {"model.embed_tokens.weight": params["embed"], "model.norm.weight": params["norm"]}
-    if "lm_head" in params:
-        tensors |= _tensors("lm_head", params["lm_head"])
-    heads, kv = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
-    sizes = {
-        "qkv_proj": {"q_proj": heads, "k_proj": kv, "v_proj": kv},
-        "gate_up_proj": dict.fromkeys(("gate_proj", "up_proj"), config.intermediate_size),
-    }
-    for index, layer in enumerate(unstacked(params["layers"], config.num_layers)):
-        name = f"model.layers.{index}"
-        tensors[f"{name}.input_layernorm.weight"] = layer["input_norm"]
-        tensors[f"{name}.post_attention_layernorm.weight"] = layer["post_norm"]
-        for part in ("q_norm", "k_norm") if config.qk_norm else ():
-            tensors[f"{name}.self_attn.{part}.weight"] = layer[part]
-        for part, module in (("attention", "self_attn"), ("mlp", "mlp")):
-            for linear, value in layer[part].items():
-                tensors |= _tensors(f"{name}.{module}.{linear}", value, sizes.get(linear))
-    return {name: np.asarray(array) for name, array in tensors.items()}
-
-
-def _tensors(name: str, linear: Linear, sizes: dict[str, int] | None = None) -> dict[str, Any]:
-    """Weight and bias of a linear, or of those that were fused into it."""
-    if not isinstance(linear.weight, Array):
-        raise ValueError(f"quantize: the weights of model must be float, {name} is packed")
-    prefix, _, own = name.rpartition(".")
-    ends = np.cumsum(list((sizes or {}).values()))[:-1]
-    tensors = {}
-    for kind, value in linear._asdict().items():
-        if value is not None:
-            split = np.split(np.asarray(value), ends) if sizes else [value]
-            for part, array in zip(sizes or (own,), split, strict=True):
-                tensors[f"{prefix}.{part}.{kind}".lstrip(".")] = array
-    return tensors
-
-
-def unstacked(layers: Any, count: int) -> list[dict[str, Any]]:
-    """The layers one by one."""
-    if not isinstance(layers, dict):
-        return list(layers)
-    return [jax.tree.map(lambda leaf, i=index: leaf[i], layers) for index in range(count)]
 
 
 def stack(layers: list[dict[str, Any]]) -> dict[str, Any]:
@@ -191,7 +142,8 @@ def _head(source: "_Source", config: DecoderConfig, embed: Array) -> Linear | No
     if not config.tie_embeddings:
         if not found:
             raise ValueError(
-                "load: tensor lm_head.weight is missing, and tie_word_embeddings is false"
+                f"load: tensor lm_head.weight is missing in {source.place}, and "
+                "tie_word_embeddings is false"
             )
         return source.linear(
             "lm_head", config.hidden_size, config.vocab_size, source.has("lm_head.bias")
@@ -200,8 +152,8 @@ def _head(source: "_Source", config: DecoderConfig, embed: Array) -> Linear | No
         head = source.linear("lm_head", config.hidden_size, config.vocab_size, False)
         if _is_packed(head.weight) or not jnp.array_equal(head.weight, embed):
             raise ValueError(
-                "load: lm_head.weight differs from model.embed_tokens.weight, "
-                "but tie_word_embeddings is true"
+                "load: lm_head.weight differs from model.embed_tokens.weight in "
+                f"{source.place}, but tie_word_embeddings is true"
             )
     return None
 
@@ -212,7 +164,9 @@ def _drop_frequencies(source: "_Source", config: DecoderConfig) -> None:
     for name in [n for n in source.tensors if n.endswith(".rotary_emb.inv_freq")]:
         found = np.asarray(source.take(name), np.float32)
         if found.shape != want.shape or not np.allclose(found, want, rtol=1e-2, atol=1e-7):
-            raise ValueError(f"load: tensor {name} has other frequencies than config.json")
+            raise ValueError(
+                f"load: tensor {name} in {source.place} has other frequencies than config.json"
+            )
 
 
 def fuse(parts: dict[str, Linear], name: str) -> dict[str, Linear]:
@@ -258,8 +212,8 @@ def _kind(weight: Any) -> Any:
 class _Source:
     """The tensors that are left, taken by name and with the shape they must have."""
 
-    def __init__(self, tensors: dict[str, Any]):
-        self.tensors = tensors
+    def __init__(self, tensors: dict[str, Any], place: Any):
+        self.tensors, self.place = tensors, place
 
     def has(self, name: str) -> bool:
         return name in self.tensors or f"{name}.weight" in self.tensors
@@ -270,10 +224,12 @@ class _Source:
 
     def array(self, name: str, shape: tuple[int, ...]) -> Array:
         if name not in self.tensors:
-            raise ValueError(f"load: tensor {name} is missing{self._instead(name)}")
+            raise ValueError(f"load: tensor {name} is missing in {self.place}{self._instead(name)}")
         found = self.take(name)
         if found.shape != shape:
-            raise ValueError(f"load: tensor {name} must have shape {shape}, got {found.shape}")
+            raise ValueError(
+                f"load: tensor {name} in {self.place} must have shape {shape}, got {found.shape}"
+            )
         return found
 
     def linear(self, name: str, k: int, n: int, bias: bool, experts: int | None = None) -> Linear:
@@ -286,7 +242,7 @@ class _Source:
                 sizes = {"E": experts, **sizes}
             if weight.shape != tuple(sizes.values()):
                 raise ValueError(
-                    f"load: linear {name} must have ({', '.join(sizes)}) = "
+                    f"load: linear {name} in {self.place} must have ({', '.join(sizes)}) = "
                     f"{tuple(sizes.values())}, got {weight.shape}"
                 )
         else:
