@@ -78,8 +78,6 @@ class CodesConsumer {
                                              float (&acc)[kTiles][kTokens / 2]) {
     if constexpr (kTokens > 128) {
       MultiplySingle(share, acc);
-    } else if constexpr (kTokens > 64) {
-      MultiplyGroupsByTwo(share, acc);
     } else if (single_) {
       MultiplySingle(share, acc);
     } else {
@@ -132,67 +130,14 @@ class CodesConsumer {
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) PinRegisters(sums[j]);
       Release(stage);
-      AddScaled(sums, scales, acc);
-    }
-    at_.Advance();
-  }
-
-  // A step is a group; two of them have sums of their own, so that one is scaled while the tensor
-  // cores work on the next.
-  __device__ __forceinline__ void MultiplyGroupsByTwo(const Share& share,
-                                                      float (&acc)[kTiles][kTokens / 2]) {
-    Sums sums[2];
-    float scales[2][2 * kTiles] = {};
-    uint32_t a[2][kTiles][4];
 #pragma unroll
-    for (int i = 0; i < kTokens / 2; ++i) acc[0][i] = sums[1][0][i] = 0;
-    int previous = -1;
-    int i = 0;
-#pragma unroll 1
-    for (; i + 1 < share.count; i += 2) {
-      Step(sums[0], sums[1], scales[0], scales[1], a, &previous, acc);
-      Step(sums[1], sums[0], scales[1], scales[0], a, &previous, acc);
-    }
-    if (i < share.count) {
-      Step(sums[0], sums[1], scales[0], scales[1], a, &previous, acc);
-      WgmmaWait<0>();
-      PinRegisters(sums[0][0]);
-      AddScaled<0, kTokens / 8>(sums[0], scales[0], acc);
-    } else {
-      WgmmaWait<0>();
-      PinRegisters(sums[1][0]);
-      AddScaled<0, kTokens / 8>(sums[1], scales[1], acc);
-    }
-    Release(previous);
-  }
-
-  __device__ __forceinline__ void Step(Sums& sums, Sums& before, float (&scales)[2 * kTiles],
-                                       const float (&scales_before)[2 * kTiles],
-                                       uint32_t (&a)[2][kTiles][4], int* previous,
-                                       float (&acc)[kTiles][kTokens / 2]) {
-    constexpr int kBlocks = kTokens / 8;
-    const int stage = at_.stage;
-    BarrierWait(Tile::Full(shared_, stage), at_.phase);
-    uint32_t codes[4][4];
-    lane.LoadCodes(stage, codes);
-    LoadScales(stage, scales);
+      for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
-    for (int s = 0; s < 4; ++s) {
-      // All but the newest are done: these registers are free again.
-      WgmmaWait<1>();
-      if (s == 1) {
-        PinRegisters(before[0]);
-        if (*previous >= 0) Release(*previous);
+        for (int k = 0; k < kTokens / 2; ++k) {
+          acc[j][k] = fmaf(static_cast<float>(sums[j][k]), scales[2 * j + k / 2 % 2], acc[j][k]);
+        }
       }
-      Get(codes[s], a[s % 2]);
-      WgmmaFence();
-      WgmmaBytes<T, kTokens>(sums[0], a[s % 2][0], XTile(stage) + 2 * s, s > 0);
-      WgmmaCommit();
-      if (s == 1) AddScaled<0, kBlocks / 3>(before, scales_before, acc);
-      if (s == 2) AddScaled<kBlocks / 3, 2 * kBlocks / 3>(before, scales_before, acc);
-      if (s == 3) AddScaled<2 * kBlocks / 3, kBlocks>(before, scales_before, acc);
     }
-    *previous = stage;
     at_.Advance();
   }
 
@@ -242,19 +187,6 @@ class CodesConsumer {
 #pragma unroll
       for (int i = 0; i < kTokens / 2; ++i) {
         acc[j][i] = static_cast<float>(sums[j][i]) * scales[2 * j + i / 2 % 2];
-      }
-    }
-  }
-
-  template <int kFirst = 0, int kLast = kTokens / 8>  // blocks of eight tokens
-  __device__ __forceinline__ static void AddScaled(const Sums& sums,
-                                                   const float (&scales)[2 * kTiles],
-                                                   float (&acc)[kTiles][kTokens / 2]) {
-#pragma unroll
-    for (int j = 0; j < kTiles; ++j) {
-#pragma unroll
-      for (int i = 4 * kFirst; i < 4 * kLast; ++i) {
-        acc[j][i] = fmaf(static_cast<float>(sums[j][i]), scales[2 * j + i / 2 % 2], acc[j][i]);
       }
     }
   }

@@ -112,11 +112,6 @@ const char* CodesUnsupported(const AwqGemmProblem& p, const Device& device) {
   return nullptr;
 }
 
-const char* CodesGroupsUnsupported(const AwqGemmProblem& p, const Device& device) {
-  if (const char* why = CodesUnsupported(p, device)) return why;
-  return p.group_size == p.k ? "there is but one group" : nullptr;
-}
-
 const char* CodesSingleUnsupported(const AwqGemmProblem& p, const Device& device) {
   if (const char* why = CodesUnsupported(p, device)) return why;
   return p.group_size != p.k ? "there are several groups" : nullptr;
@@ -150,10 +145,10 @@ constexpr Variant kVariants[] = {
     {"stream_128x128", AwqGemmKernel::kTma, 128, 128, 64, 1, false, 0.39, StreamUnsupported},
     {"stream_128x256", AwqGemmKernel::kTma, 128, 256, 64, 1, false, 0.68, StreamUnsupported},
     {"stream_256x128", AwqGemmKernel::kTma, 256, 128, 64, 1, false, 0.67, StreamUnsupported},
-    {"w4a8_32x256", AwqGemmKernel::kTma, 32, 256, 128, 1, true, 0.36, CodesUnsupported},
-    {"w4a8_64x256", AwqGemmKernel::kTma, 64, 256, 128, 1, true, 0.40, CodesUnsupported},
-    {"w4a8_96x128", AwqGemmKernel::kTma, 96, 128, 128, 1, true, 0.16, CodesGroupsUnsupported},
-    {"w4a8_256x128", AwqGemmKernel::kTma, 256, 128, 128, 1, true, 0.36, CodesSingleUnsupported},
+    {"w4a8_32x256", AwqGemmKernel::kTma, 32, 256, 128, 1, true, 0.22, CodesUnsupported},
+    {"w4a8_64x256", AwqGemmKernel::kTma, 64, 256, 128, 1, true, 0.34, CodesUnsupported},
+    {"w4a8_128x128", AwqGemmKernel::kTma, 128, 128, 128, 1, true, 0.26, CodesUnsupported},
+    {"w4a8_256x128", AwqGemmKernel::kTma, 256, 128, 128, 1, true, 0.38, CodesSingleUnsupported},
     {"wgmma_16", AwqGemmKernel::kWgmma, 16, 256, 64, 2, true, 0, WgmmaUnsupported},
     {"wgmma_32", AwqGemmKernel::kWgmma, 32, 256, 64, 1, true, 0, WgmmaUnsupported},
     {"wgmma_64", AwqGemmKernel::kWgmma, 64, 256, 64, 1, true, 0, WgmmaUnsupported},

@@ -459,8 +459,8 @@ cudaError_t LaunchCodesTiles(const AwqGemmPlan& plan, const AwqGemmParams& p, cu
       return LaunchTmaTile<T, T, 32, 2>(plan, p, stream);
     case 64256:
       return LaunchTmaTile<T, T, 64, 2>(plan, p, stream);
-    case 96128:
-      return LaunchTmaTile<T, T, 96, 1>(plan, p, stream);
+    case 128128:
+      return LaunchTmaTile<T, T, 128, 1>(plan, p, stream);
     case 256128:
       return LaunchTmaTile<T, T, 256, 1>(plan, p, stream);
     default:
