@@ -130,11 +130,36 @@ constexpr Variant kVariants[] = {
 
 bool IsStream(const Variant& v) { return v.unsupported == StreamUnsupported; }
 
+// Whether a row has the same sums in every such tile of its kernel, and in every place of a tile.
+bool BatchInvariant(const Variant& v) {
+  switch (v.kernel) {
+    case AwqGemmKernel::kTma:  // smaller tiles sum groups apart
+      return v.tokens >= 32 && !IsStream(v);
+    case AwqGemmKernel::kWgmma:
+    case AwqGemmKernel::kMma:  // in larger tiles no warps share the depth of a stage
+      return v.tokens <= 64;
+    case AwqGemmKernel::kSimt:
+      return true;
+    default:
+      return false;
+  }
+}
+
+const char* Unsupported(const Variant& v, const AwqGemmProblem& p, const Device& device) {
+  if (const char* why = v.unsupported(p, device)) return why;
+  if (p.batch_invariant && !BatchInvariant(v)) return "its sums depend on the number of rows";
+  return nullptr;
+}
+
 const Variant* Find(const std::string& name) {
   for (const Variant& v : kVariants) {
     if (name == v.name) return &v;
   }
   return nullptr;
+}
+
+bool Runs(const char* name, const AwqGemmProblem& p, const Device& device) {
+  return Unsupported(*Find(name), p, device) == nullptr;
 }
 
 // CTA clusters of `size` that run at once: one more would cost a second wave. A cluster lives in
@@ -197,6 +222,24 @@ double StreamMicroseconds(const AwqGemmProblem& p, const Device& device, const V
          2.0 * tail.workspace_bytes() / kPartialBytes;
 }
 
+// The split that few rows and many share: the one with the least product of their times.
+int BatchInvariantTmaSplit(const AwqGemmProblem& p, const Device& device) {
+  AwqGemmProblem few = p, many = p;
+  few.m = 32, many.m = 1024;
+  few.batch = many.batch = 1;
+  const Variant& few_tile = *Find("tma_32x256");
+  const Variant& many_tile = *Find("tma_256x128");
+  auto product = [&](int split) {
+    return TmaMicroseconds(few, device, few_tile, split) *
+           TmaMicroseconds(many, device, many_tile, split);
+  };
+  int best = 1;
+  for (int split = 2; split <= std::min<int64_t>(kMaxCluster, CeilDiv(p.k, 64)); ++split) {
+    if (product(split) < product(best)) best = split;
+  }
+  return best;
+}
+
 int BestTmaSplit(const AwqGemmProblem& p, const Device& device, const Variant& v) {
   int best = 1;
   for (int split = 2; split <= kMaxCluster; ++split) {
@@ -218,14 +261,17 @@ double DequantizeDotMicroseconds(const AwqGemmProblem& p, const Device& device) 
 const char* ChooseTma(const AwqGemmProblem& p, const Device& device) {
   const Variant* best = nullptr;
   double best_us = 0;
+  const int shared_split = p.batch_invariant ? BatchInvariantTmaSplit(p, device) : 0;
   for (const Variant& v : kVariants) {
-    if (v.kernel != AwqGemmKernel::kTma || v.unsupported(p, device)) continue;
+    if (v.kernel != AwqGemmKernel::kTma || Unsupported(v, p, device)) continue;
+    const int split = p.split_k > 0       ? 1
+                      : p.batch_invariant ? shared_split
+                                          : BestTmaSplit(p, device, v);
     const double us =
-        IsStream(v) ? StreamMicroseconds(p, device, v)
-                    : TmaMicroseconds(p, device, v, p.split_k > 0 ? 1 : BestTmaSplit(p, device, v));
+        IsStream(v) ? StreamMicroseconds(p, device, v) : TmaMicroseconds(p, device, v, split);
     if (best == nullptr || us < best_us) best = &v, best_us = us;
   }
-  if (!DequantizeDotUnsupported(p, device) && DequantizeDotMicroseconds(p, device) < best_us) {
+  if (Runs("dequantize_dot", p, device) && DequantizeDotMicroseconds(p, device) < best_us) {
     return "dequantize_dot";
   }
   return best->name;
@@ -233,7 +279,7 @@ const char* ChooseTma(const AwqGemmProblem& p, const Device& device) {
 
 const char* Choose(const AwqGemmProblem& p, const Device& device) {
   const int64_t m = p.m == 0 ? 1 : p.m;
-  const bool decode_8 = p.m > 0 && !Decode8Unsupported(p, device);
+  const bool decode_8 = p.m > 0 && Runs("decode_8", p, device);
   if (!TmaUnsupported(p, device)) {
     if (p.m == 0) return "tma_64x256";
     // Without a pipeline to fill the decode kernel is done first where there is little to read.
@@ -243,31 +289,38 @@ const char* Choose(const AwqGemmProblem& p, const Device& device) {
   }
   const bool tensor_cores = !TensorCoreUnsupported(p, device);
   // Rows of x from which dequantizing once and multiplying with the library's dense kernel wins.
-  if (m > (tensor_cores ? 256 : 32) && !DequantizeDotUnsupported(p, device)) {
-    return "dequantize_dot";
-  }
+  if (m > (tensor_cores ? 256 : 32) && Runs("dequantize_dot", p, device)) return "dequantize_dot";
   if (!tensor_cores) return SimtUnsupported(p, device) ? "reference" : "simt";
   if (decode_8) return "decode_8";
-  if (p.m > 0 && !Decode16Unsupported(p, device)) return "decode_16";
+  if (p.m > 0 && Runs("decode_16", p, device)) return "decode_16";
   // An unknown number of rows takes the tile that is never far from the best.
   if (!WgmmaUnsupported(p, device)) {
     if (p.m == 0) return "wgmma_64";
-    return m <= 16 ? "wgmma_16" : m <= 32 ? "wgmma_32" : m <= 64 ? "wgmma_64" : "wgmma_128";
+    if (m > 64 && Runs("wgmma_128", p, device)) return "wgmma_128";
+    return m <= 16 ? "wgmma_16" : m <= 32 ? "wgmma_32" : "wgmma_64";
   }
   if (p.m == 0) return "mma_64";
-  return m <= 32 ? "mma_32" : m <= 64 ? "mma_64" : "mma_128";
+  if (m > 64 && Runs("mma_128", p, device)) return "mma_128";
+  return m <= 32 ? "mma_32" : "mma_64";
 }
 
 int ChooseSplit(const AwqGemmProblem& p, const Device& device, const Variant& v) {
   if (!v.splits) return 1;
   const int64_t depth_tiles = CeilDiv(p.contraction(), v.depth);
   if (p.split_k > 0) return static_cast<int>(std::min(p.split_k, depth_tiles));
+  int64_t m = p.m == 0 ? 1 : p.m, batch = p.batch;
+  int tokens = v.tokens, ctas_per_sm = v.ctas_per_sm;
+  if (p.batch_invariant) {
+    if (v.kernel == AwqGemmKernel::kTma) return BatchInvariantTmaSplit(p, device);
+    // Parts that meet in the workspace would take as much of it for many rows as for few.
+    if (device.arch < 90) return 1;
+    m = 256, batch = 1, tokens = 64, ctas_per_sm = 1;  // whatever rows and tile there are
+  }
   if (v.kernel == AwqGemmKernel::kTma) return p.m == 0 ? 1 : BestTmaSplit(p, device, v);
-  const int64_t m = p.m == 0 ? 1 : p.m;
-  const int64_t ctas = CeilDiv(m, v.tokens) * CeilDiv(p.outputs(), v.outputs) * p.batch;
+  const int64_t ctas = CeilDiv(m, tokens) * CeilDiv(p.outputs(), v.outputs) * batch;
   int split =
       static_cast<int>(std::min<int64_t>(kMaxCluster, std::max<int64_t>(1, depth_tiles / 4)));
-  while (split > 1 && ctas > ResidentClusters(device, v.ctas_per_sm, split)) --split;
+  while (split > 1 && ctas > ResidentClusters(device, ctas_per_sm, split)) --split;
   return split;
 }
 
@@ -276,13 +329,13 @@ int ChooseSplit(const AwqGemmProblem& p, const Device& device, const Variant& v)
 AwqGemmPlan PlanAwqGemm(const AwqGemmProblem& p, const Device& device, size_t workspace_limit) {
   AwqGemmPlan plan;
   for (const Variant& v : kVariants) {
-    if (const char* why = v.unsupported(p, device)) plan.refused.emplace_back(v.name, why);
+    if (const char* why = Unsupported(v, p, device)) plan.refused.emplace_back(v.name, why);
   }
   plan.variant = p.variant.empty() ? Choose(p, device) : p.variant;
   if (plan.variant == "reference") return plan;
   const Variant* v = Find(plan.variant);
   if (v == nullptr) throw std::invalid_argument("awq_gemm: unknown variant " + plan.variant);
-  if (const char* why = v->unsupported(p, device)) {
+  if (const char* why = Unsupported(*v, p, device)) {
     throw std::invalid_argument("awq_gemm: variant " + plan.variant + " cannot run: " + why);
   }
   plan.kernel = v->kernel;
@@ -303,6 +356,11 @@ AwqGemmPlan PlanAwqGemm(const AwqGemmProblem& p, const Device& device, size_t wo
     const size_t partial = static_cast<size_t>(p.batch) * p.m * p.outputs() * sizeof(float);
     if (p.m > 0) {
       plan.split_k = static_cast<int>(std::min<size_t>(plan.split_k, workspace_limit / partial));
+    }
+    if (p.batch_invariant && p.m == 0) {
+      throw std::invalid_argument("awq_gemm: batch_invariant with split_k_iters " +
+                                  std::to_string(plan.split_k) +
+                                  " needs the number of rows when the program is lowered");
     }
     if (plan.split_k <= 1 || p.m == 0) plan.split_k = 1;
     if (plan.split_k > 1) plan.workspace_bytes = plan.split_k * partial;

@@ -1,0 +1,81 @@
+"""What the compiled planning code of `awq_gemm` promises over all numbers of rows."""
+
+import pytest
+
+from jax_awq import _ffi
+
+pytestmark = pytest.mark.skipif(_ffi._ext is None, reason=_ffi.MISSING or "built")
+
+# (K, N) of decoders' linears.
+SHAPES = [
+    (4096, 4096),
+    (4096, 6144),
+    (14336, 4096),
+    (4096, 28672),
+    (8192, 10240),
+    (8192, 28672),
+    (28672, 8192),
+    (5120, 5120),
+]
+
+
+def planned(m, k, n, **changes):
+    arguments = {
+        "m": m, "n": n, "k": k, "batch": 1, "group_size": 128, "layout": "gemm",
+        "x_dtype": "float16", "scales_dtype": "float16", "out_dtype": "float16",
+        "has_zeros": True, "has_activation": False, "transpose": False, "split_k": 0,
+        "variant": "", "arch": 90, "sm_count": 132,
+    }  # fmt: skip
+    return _ffi.plan_awq_gemm(**arguments | changes)
+
+
+# --- batch_invariant
+
+
+@pytest.mark.parametrize(
+    ("changes", "kernels"),
+    [
+        ({}, {"tma_32x256", "tma_64x256", "tma_128x128", "tma_128x256", "tma_256x128"}),
+        ({"layout": "oc_major"}, {"wgmma_16", "wgmma_32", "wgmma_64"}),
+        ({"transpose": True}, {"wgmma_16", "wgmma_32", "wgmma_64"}),
+        ({"arch": 80, "sm_count": 108}, {"mma_32", "mma_64"}),
+        ({"arch": 75, "sm_count": 40}, {"simt"}),
+        ({"scales_dtype": "bfloat16"}, {"simt"}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("k", "n"), [*SHAPES, (2048, 5120), (128, 32)])
+def test_rows_share_one_family_and_one_split(k, n, changes, kernels):
+    every = [
+        planned(m, k, n, batch_invariant=True, **changes)
+        for m in (0, *range(1, 600), *range(600, 8193, 31), 8192)
+    ]
+    assert {found["variant"] for found in every} <= kernels
+    assert len({found["split_k"] for found in every}) == 1
+    assert {found["workspace_bytes"] for found in every} == {0}
+    for found in every:
+        assert found["variant"] not in found["refused"]
+        assert "dequantize_dot" in found["refused"]
+    stacked = planned(40, k, n, batch_invariant=True, batch=8, **changes)
+    assert stacked["split_k"] == every[0]["split_k"]
+
+
+@pytest.mark.parametrize("split", [1, 3, 8, 12])
+def test_a_split_that_was_asked_for_is_taken_for_all_rows(split):
+    for m in (1, 16, 17, 300, 4096):
+        found = planned(m, 4096, 4096, batch_invariant=True, split_k=split)
+        assert found["split_k"] == split
+        assert found["variant"].startswith("tma_")
+
+
+def test_a_split_that_needs_a_workspace_needs_to_know_the_rows():
+    assert planned(0, 4096, 4096, batch_invariant=True, split_k=8)["split_k"] == 8
+    with pytest.raises(ValueError, match="batch_invariant with split_k_iters 12 needs the number"):
+        planned(0, 4096, 4096, batch_invariant=True, split_k=12)
+
+
+@pytest.mark.parametrize("variant", ["decode_8", "tma_16x256", "stream_256x128", "wgmma_128"])
+def test_a_kernel_of_other_sums_cannot_be_forced(variant):
+    planned(8, 4096, 4096, variant=variant)
+    with pytest.raises(ValueError, match=f"variant {variant} cannot run: its sums depend"):
+        planned(8, 4096, 4096, variant=variant, batch_invariant=True)
