@@ -345,6 +345,8 @@ cudaError_t LaunchTmaTiles(const AwqGemmPlan& plan, const AwqGemmParams& p, cuda
       return LaunchTmaTile<T, S, 128, 1>(plan, p, stream);
     case 128256:
       return LaunchTmaTile<T, S, 128, 2>(plan, p, stream);
+    case 192128:
+      return LaunchTmaTile<T, S, 192, 1>(plan, p, stream);
     case 256128:
       return LaunchTmaTile<T, S, 256, 1>(plan, p, stream);
     default:
