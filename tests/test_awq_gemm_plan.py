@@ -19,7 +19,18 @@ SHAPES = [
 ]
 # Tiles of the TMA kernel that sum K in one order.
 WGMMA_TILES = {
-    f"tma_{tile}" for tile in ("32x256", "64x256", "128x128", "128x256", "192x128", "256x128")
+    f"tma_{tile}"
+    for tile in (
+        "32x256",
+        "64x256",
+        "96x256",
+        "128x128",
+        "128x256",
+        "160x128",
+        "192x128",
+        "224x128",
+        "256x128",
+    )
 }
 
 
@@ -83,3 +94,23 @@ def test_a_kernel_of_other_sums_cannot_be_forced(variant):
     planned(8, 4096, 4096, variant=variant)
     with pytest.raises(ValueError, match=f"variant {variant} cannot run: its sums depend"):
         planned(8, 4096, 4096, variant=variant, batch_invariant=True)
+
+
+# --- the cost model
+
+
+@pytest.mark.parametrize(("k", "n"), SHAPES)
+def test_no_cliff(k, n):
+    """A quarter more rows never take 1.35 times as long, by the cost model."""
+    # 257 rows of 28672 x 8192 are the first that no tile takes in one wave.
+    limit = 1.42 if (k, n) == (28672, 8192) else 1.35
+    time = {m: planned(m, k, n)["microseconds"] for m in range(16, 513)}
+    assert all(us > 0 for us in time.values())
+    for m in range(16, 410):
+        assert time[m * 5 // 4] <= limit * time[m], (m, planned(m * 5 // 4, k, n)["variant"])
+
+
+def test_only_what_the_cost_model_covers_has_a_time():
+    assert planned(64, 4096, 4096, split_k=8)["microseconds"] > 0
+    for changes in ({"m": 0}, {"split_k": 12}, {"layout": "oc_major"}, {"arch": 80}):
+        assert planned(**{"m": 64, "k": 4096, "n": 4096} | changes)["microseconds"] == 0

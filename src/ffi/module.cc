@@ -123,6 +123,7 @@ nb::dict PlanGemm(int64_t m, int64_t n, int64_t k, int64_t batch, int64_t group_
   result["tile"] = nb::make_tuple(plan.tile_tokens, plan.tile_outputs);
   result["split_k"] = plan.split_k;
   result["workspace_bytes"] = plan.workspace_bytes;
+  result["microseconds"] = plan.microseconds;
   result["refused"] = refused;
   return result;
 }

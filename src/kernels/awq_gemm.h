@@ -52,6 +52,7 @@ struct AwqGemmPlan {
   bool cluster = false;   // splits meet in a thread block cluster; otherwise in the workspace
   bool stream_k = false;  // all CTAs share the tiles that would not fill a wave (see StreamK)
   size_t workspace_bytes = 0;
+  double microseconds = 0;  // that the cost model expects; 0 where it does not cover the plan
   std::vector<std::pair<std::string, std::string>> refused;  // variant, why it cannot run
 };
 

@@ -108,16 +108,22 @@ constexpr Variant kVariants[] = {
     {"decode_8", AwqGemmKernel::kDecode, 8, 128, 32, 3, true, 0, Decode8Unsupported},
     {"decode_16", AwqGemmKernel::kDecode, 16, 128, 32, 2, true, 0, Decode16Unsupported},
     {"tma_8x256", AwqGemmKernel::kTma, 8, 256, 128, 1, true, 0.22, TmaUnsupported},
-    {"tma_16x256", AwqGemmKernel::kTma, 16, 256, 128, 1, true, 0.26, TmaUnsupported},
+    {"tma_16x256", AwqGemmKernel::kTma, 16, 256, 128, 1, true, 0.285, TmaUnsupported},
     {"tma_32x256", AwqGemmKernel::kTma, 32, 256, 64, 1, true, 0.39, TmaUnsupported},
     {"tma_64x256", AwqGemmKernel::kTma, 64, 256, 64, 1, true, 0.45, TmaUnsupported},
+    {"tma_96x256", AwqGemmKernel::kTma, 96, 256, 64, 1, true, 0.56, TmaUnsupported},
     {"tma_128x128", AwqGemmKernel::kTma, 128, 128, 64, 1, true, 0.39, TmaUnsupported},
     {"tma_128x256", AwqGemmKernel::kTma, 128, 256, 64, 1, true, 0.68, TmaUnsupported},
+    {"tma_160x128", AwqGemmKernel::kTma, 160, 128, 64, 1, true, 0.46, TmaUnsupported},
     {"tma_192x128", AwqGemmKernel::kTma, 192, 128, 64, 1, true, 0.53, TmaUnsupported},
+    {"tma_224x128", AwqGemmKernel::kTma, 224, 128, 64, 1, true, 0.605, TmaUnsupported},
     {"tma_256x128", AwqGemmKernel::kTma, 256, 128, 64, 1, true, 0.67, TmaUnsupported},
+    {"stream_96x256", AwqGemmKernel::kTma, 96, 256, 64, 1, false, 0.56, StreamUnsupported},
     {"stream_128x128", AwqGemmKernel::kTma, 128, 128, 64, 1, false, 0.39, StreamUnsupported},
     {"stream_128x256", AwqGemmKernel::kTma, 128, 256, 64, 1, false, 0.68, StreamUnsupported},
+    {"stream_160x128", AwqGemmKernel::kTma, 160, 128, 64, 1, false, 0.46, StreamUnsupported},
     {"stream_192x128", AwqGemmKernel::kTma, 192, 128, 64, 1, false, 0.53, StreamUnsupported},
+    {"stream_224x128", AwqGemmKernel::kTma, 224, 128, 64, 1, false, 0.605, StreamUnsupported},
     {"stream_256x128", AwqGemmKernel::kTma, 256, 128, 64, 1, false, 0.67, StreamUnsupported},
     {"wgmma_16", AwqGemmKernel::kWgmma, 16, 256, 64, 2, true, 0, WgmmaUnsupported},
     {"wgmma_32", AwqGemmKernel::kWgmma, 32, 256, 64, 1, true, 0, WgmmaUnsupported},
@@ -344,8 +350,12 @@ AwqGemmPlan PlanAwqGemm(const AwqGemmProblem& p, const Device& device, size_t wo
   plan.resident_ctas = device.sm_count * v->ctas_per_sm;
   plan.tile_tokens = v->tokens;
   plan.tile_outputs = v->outputs;
-  if (v->tokens == 0) return plan;
+  if (v->tokens == 0) {
+    plan.microseconds = DequantizeDotMicroseconds(p, device);
+    return plan;
+  }
   if (IsStream(*v)) {
+    plan.microseconds = StreamMicroseconds(p, device, *v);
     const size_t bytes = Tail(p, device, *v).workspace_bytes();
     plan.stream_k = bytes <= workspace_limit;
     plan.workspace_bytes = plan.stream_k ? bytes : 0;
@@ -354,6 +364,9 @@ AwqGemmPlan PlanAwqGemm(const AwqGemmProblem& p, const Device& device, size_t wo
 
   plan.split_k = ChooseSplit(p, device, *v);
   plan.cluster = plan.split_k > 1 && plan.split_k <= kMaxCluster && device.arch >= 90;
+  if (v->kernel == AwqGemmKernel::kTma && plan.split_k <= kMaxCluster && p.m > 0) {
+    plan.microseconds = TmaMicroseconds(p, device, *v, plan.split_k);
+  }
   if (plan.split_k > 1 && !plan.cluster) {
     const size_t partial = static_cast<size_t>(p.batch) * p.m * p.outputs() * sizeof(float);
     if (p.m > 0) {

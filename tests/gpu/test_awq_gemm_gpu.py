@@ -311,6 +311,20 @@ def test_batch_invariant(case):
             assert_same_bits(part, y[first : first + rows])
 
 
+@pytest.mark.parametrize("case", [Case(300, 2048, 512), Case(300, 1120, 288, 32, BF16)], ids=str)
+def test_batch_invariant_tiles_agree(case, force):
+    """Whichever of its tiles a kernel takes, the bits are the same."""
+    p = problem_of(case)
+    product = functools.partial(awq_gemm, deterministic="batch_invariant")
+    refused = refusals(product, p.x, p.weight)
+    first = {}
+    for variant in (v for v in VARIANTS if v not in refused):
+        force(variant)
+        y = np.asarray(product(p.x, p.weight))
+        assert_same_bits(y, first.setdefault(variant.partition("_")[0], y))
+    assert set(first) >= {"simt"}
+
+
 @pytest.mark.parametrize("case", [Case(300, 1024, 4096), Case(300, 2048, 264, 128, BF16)], ids=str)
 def test_batch_invariant_gradient(case):
     p = problem_of(case)
