@@ -61,6 +61,8 @@ def planned(m, k, n, **changes):
 )
 @pytest.mark.parametrize(("k", "n"), [*SHAPES, (2048, 5120), (128, 32)])
 def test_rows_share_one_family_and_one_split(k, n, changes, kernels):
+    if "no code for" in planned(1, k, n, **changes)["refused"].get("simt", ""):
+        pytest.skip("this build has no code for that GPU")
     every = [
         planned(m, k, n, batch_invariant=True, **changes)
         for m in (0, *range(1, 600), *range(600, 8193, 31), 8192)
