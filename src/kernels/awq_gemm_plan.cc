@@ -244,9 +244,11 @@ int BatchInvariantTmaSplit(const AwqGemmProblem& p, const Device& device) {
 
 int BestTmaSplit(const AwqGemmProblem& p, const Device& device, const Variant& v) {
   int best = 1;
+  double best_us = TmaMicroseconds(p, device, v, 1);
   for (int split = 2; split <= kMaxCluster; ++split) {
     if (split > CeilDiv(p.contraction(), v.depth)) break;
-    if (TmaMicroseconds(p, device, v, split) < TmaMicroseconds(p, device, v, best)) best = split;
+    const double us = TmaMicroseconds(p, device, v, split);
+    if (us < best_us) best = split, best_us = us;
   }
   return best;
 }
