@@ -66,7 +66,7 @@ def awq_gemm(
         however many rows `x` has and wherever it stands among them, on one GPU model, build and
         sharding (sums over devices, where K is split over them, are XLA's and not promised). All
         numbers of rows then share one order of sums and one division of K: by the plan's cost model
-        1.4 to 2.3 times the time up to 16 rows, 1 to 1.8 times with more, least on large weights.
+        1.3 to 2.3 times the time up to 16 rows, 1 to 1.8 times with more, least on large weights.
         Where no kernel runs, rows are multiplied one after the other, which is slow.
       out_dtype: float16, bfloat16 or float32; default that of `x`.
 
