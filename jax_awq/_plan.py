@@ -31,6 +31,8 @@ class KernelPlan:
       workspace_bytes: scratch memory, planned by XLA.
       accumulator: dtype of the sums.
       deterministic: whether two runs give the same bits.
+      batch_invariant: whether, as asked, a row's bits depend neither on the number of rows nor on
+        where among them it stands.
       refused: variant -> why it cannot run.
       reason: why the reference runs; "" on other routes.
     """
@@ -43,6 +45,7 @@ class KernelPlan:
     workspace_bytes: int
     accumulator: str
     deterministic: bool
+    batch_invariant: bool
     refused: Mapping[str, str]
     reason: str
 
@@ -143,6 +146,7 @@ def kernel_plan(
         workspace_bytes=workspace_bytes,
         accumulator=accumulator,
         deterministic=True,
+        batch_invariant=False,
         refused=refused or {},
         reason=reason,
     )

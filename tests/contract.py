@@ -29,7 +29,7 @@ from jax_awq.testing import (
 from jax_awq.testing_integers import random_int_problem
 
 
-def _gemm(seed: int, **options: Any) -> Case:
+def _gemm(seed: int, deterministic: str = "run", **options: Any) -> Case:
     problem = random_problem(np.random.default_rng(seed), M, K, N, group_size=32, **options)
     weight, out_dtype = problem.weight, problem.out_dtype or problem.x.dtype
     has_zeros, has_bias = weight.qzeros is not None, problem.bias is not None
@@ -50,6 +50,7 @@ def _gemm(seed: int, **options: Any) -> Case:
             bias=bias,
             activation=problem.activation,
             out_dtype=problem.out_dtype,
+            deterministic=deterministic,
             **static,
         )
 
@@ -195,6 +196,7 @@ CASES = {
     "gemm-bf16-gelu": _gemm(3, dtype=jnp.bfloat16, activation="gelu"),
     "gemm-f32out": _gemm(4, bias=True, out_dtype=jnp.float32, layout="oc_major"),
     "gemm-gemv": _gemm(5, layout="gemv", bias=True, activation="gelu_tanh"),
+    "gemm-batch-invariant": _gemm(12, "batch_invariant", bias=True, activation="relu"),
     "dequantize": _dequantize(6),
     "dequantize-symmetric": _dequantize(7, symmetric=True, layout="oc_major"),
     "int8": _integers(9, bits=8, out_dtype=np.float16),

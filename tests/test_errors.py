@@ -105,6 +105,11 @@ GEMM_ERRORS = [
     ),
     ({"split_k_iters": 0}, ValueError, "split_k_iters must be 1 or more, got 0"),
     (
+        {"deterministic": "always"},
+        ValueError,
+        "deterministic must be one of ('run', 'batch_invariant'), got 'always'",
+    ),
+    (
         {"out_dtype": jnp.int32},
         TypeError,
         "the result must be float16 or bfloat16 or float32, got int32",
@@ -139,7 +144,7 @@ def test_awq_gemm(change, error, text):
 @pytest.mark.parametrize("op", [awq_gemm_w4a8, awq_gemm_w4a4])
 @pytest.mark.parametrize(
     ("change", "error", "text"),
-    [e for e in WEIGHT_ERRORS + GEMM_ERRORS if "split_k_iters" not in e[0]],
+    [e for e in WEIGHT_ERRORS + GEMM_ERRORS if not {"split_k_iters", "deterministic"} & set(e[0])],
 )
 def test_awq_gemm_w4a8(op, change, error, text):
     """The same; those of the activations are in ops/test_awq_gemm_w4a8_errors.py."""

@@ -70,6 +70,7 @@ def test_one_custom_call_with_its_workspace(rng, planned, layout):
         "split_k": "4 : i64",
         "layout": '"gemm"' if layout == "gemm" else '"oc_major"',
         "transpose": "false",
+        "batch_invariant": "false",
         "variant": '""',
     }
     qweight = f"tensor<{K}x{N // 8}xi32>" if layout == "gemm" else f"tensor<{N}x{K // 8}xi32>"
@@ -91,6 +92,7 @@ def test_one_custom_call_with_its_workspace(rng, planned, layout):
         "has_activation": True,
         "transpose": False,
         "split_k": 4,
+        "batch_invariant": False,
         "variant": "",
         "arch": 90,
         "sm_count": 132,
@@ -115,6 +117,18 @@ class TestCustomCalls:
         (call,) = custom_calls(lowered(lambda x, w: x @ w, p.x, p.weight))
         assert f"tensor<1x{N}xbf16>, tensor<0xi32>, tensor<0xbf16>) ->" in call
         assert attributes(call)["group_size"] == f"{K} : i64"
+
+    def test_batch_invariant_and_its_gradient(self, rng):
+        p = random_problem(rng, 20, K, N, group_size=32)
+
+        def loss(x, w):
+            y = awq_gemm(x, w, deterministic="batch_invariant")
+            return (y.astype(jnp.float32) ** 2).sum()
+
+        product, gradient = custom_calls(lowered(jax.grad(loss), p.x, p.weight))
+        for call, transpose in ((product, "false"), (gradient, "true")):
+            assert attributes(call)["batch_invariant"] == "true"
+            assert attributes(call)["transpose"] == transpose
 
     def test_gradient_is_the_transposed_product(self, rng):
         p = random_problem(rng, 20, K, N, group_size=32)
@@ -233,9 +247,11 @@ def test_plan_of_a_fused_kernel(rng, planned):
         workspace_bytes=WORKSPACE,
         accumulator="float32",
         deterministic=True,
+        batch_invariant=False,
         refused={"decode": "more than 16 rows of x"},
         reason="",
     )
+    assert plan("awq_gemm", *shapes, deterministic="batch_invariant").batch_invariant
     plan("awq_gemm", *shapes, bias=jnp.zeros(N), device="sm_80")
     assert (planned[-1]["m"], planned[-1]["arch"]) == (20, 80)
     assert plan("awq_dequantize", shapes[1], device="sm_90a").route == "fused"

@@ -1,5 +1,7 @@
 """One call of `awq_gemm`: its operands, the plain-JAX form, the plan and the kernel."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -40,7 +42,13 @@ def out_avals(*operands, **params):
 def reference(*operands, layout, transpose, **params):
     x, qweight, scales, qzeros, bias = operands_of(operands, **params)
     weight = _weight.dequantize(qweight, scales, qzeros, layout=layout, dtype=x.dtype)
-    return (dot(x, weight.swapaxes(-1, -2) if transpose else weight, bias, **params),)
+    weight = weight.swapaxes(-1, -2) if transpose else weight
+    if not params["batch_invariant"]:
+        return (dot(x, weight, bias, **params),)
+    # XLA chooses the order of a sum by the number of rows, so each row is a product of its own.
+    rows = jnp.moveaxis(x, -2, 0)[..., None, :]
+    y = lax.map(lambda row: dot(row, weight, bias, **params), rows)
+    return (jnp.moveaxis(y[..., 0, :], 0, -2),)
 
 
 def dot(x, weight, bias, *, activation, out_dtype, **params):
@@ -51,6 +59,11 @@ def dot(x, weight, bias, *, activation, out_dtype, **params):
 
 
 def plan_call(device, *operands, **params):
+    found = _plan_call(device, *operands, **params)
+    return dataclasses.replace(found, batch_invariant=params["batch_invariant"])
+
+
+def _plan_call(device, *operands, **params):
     x, qweight, scales, qzeros, _ = operands_of(operands, **params)
     (out,) = out_avals(*operands, **params)
     target = target_of(device)
@@ -75,6 +88,7 @@ def plan_call(device, *operands, **params):
         has_activation=params["activation"] != "none",
         transpose=params["transpose"],
         split_k=params["split_k"],
+        batch_invariant=params["batch_invariant"],
         variant=params["variant"],
         arch=target.arch,
         sm_count=target.sm_count,
@@ -135,6 +149,7 @@ def kernel(plan, *operands, layout, transpose, **params):
             activation=params["activation"],
             split_k=params["split_k"],
             transpose=transpose,
+            batch_invariant=params["batch_invariant"],
             variant=params["variant"],
         ),
     )

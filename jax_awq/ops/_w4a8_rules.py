@@ -78,6 +78,7 @@ def _w4a16(dx, weight, params) -> list[Array]:
         **{name: params[name] for name in ("layout", "group_size", "symmetric", "out_dtype")},
         activation="none",
         split_k=0,
+        batch_invariant=False,
         transpose=False,
         has_bias=False,
         variant=params["variant"],

@@ -9,14 +9,23 @@ import jax.numpy as jnp
 from jax import Array
 
 from jax_awq._batching import fold_batch, fold_rows
-from jax_awq._checks import FLOATS
+from jax_awq._checks import FLOATS, check_choice
 from jax_awq._primitive import OpDef, Sharding, apply_explicit, bind_varying, define_primitive
 from jax_awq.ops import _awq_gemm_call as call
 from jax_awq.ops import _weight
 from jax_awq.ops._arguments import product_operands
 from jax_awq.ops._epilogue import epilogue, finish_jvp
 
-_STATIC = ("group_size", "layout", "activation", "split_k_iters", "out_dtype", "variant")
+_STATIC = (
+    "group_size",
+    "layout",
+    "activation",
+    "split_k_iters",
+    "deterministic",
+    "out_dtype",
+    "variant",
+)
+_DETERMINISTIC = ("run", "batch_invariant")
 
 
 def awq_gemm(
@@ -30,6 +39,7 @@ def awq_gemm(
     bias: Any = None,
     activation: str | None = None,
     split_k_iters: int | None = None,
+    deterministic: str = "run",
     out_dtype: Any = None,
 ) -> Array:
     """Computes ``activation(x @ ((q - z) * s) + bias)`` with 4-bit codes `q` and `z`.
@@ -52,6 +62,12 @@ def awq_gemm(
       activation: None, "relu", "gelu" (erf), "gelu_tanh" or "silu".
       split_k_iters: parts into which the sum over K is divided, added in a fixed order; None lets
         the plan choose.
+      deterministic: "run": the same call gives the same bits. "batch_invariant": so does every row,
+        however many rows `x` has and wherever it stands among them, on one GPU model, build and
+        sharding (sums over devices, where K is split over them, are XLA's and not promised). All
+        numbers of rows then share one order of sums and one division of K: by the plan's cost model
+        1.3 to 2.3 times the time up to 16 rows, 1 to 1.8 times with more, least on large weights.
+        Where no kernel runs, rows are multiplied one after the other, which is slow.
       out_dtype: float16, bfloat16 or float32; default that of `x`.
 
       `qweight`, `scales`, `qzeros` and `bias` may have one leading batch dimension E (stacked
@@ -79,6 +95,7 @@ def awq_gemm(
         layout=layout,
         activation=activation,
         split_k_iters=split_k_iters,
+        deterministic=deterministic,
         out_dtype=out_dtype,
         variant=_weight.forced_variant(),
     )
@@ -96,6 +113,7 @@ def _awq_gemm(
     layout,
     activation,
     split_k_iters,
+    deterministic,
     out_dtype,
     variant,
 ):
@@ -114,12 +132,14 @@ def _awq_gemm(
     )
     if split_k_iters is not None and split_k_iters < 1:
         raise ValueError(f"awq_gemm: split_k_iters must be 1 or more, got {split_k_iters}")
+    check_choice("awq_gemm", "deterministic", deterministic, _DETERMINISTIC)
     (y,) = apply_explicit(
         "awq_gemm",
         _on_rows,
         rows,
         *operands,
         split_k=split_k_iters or 0,
+        batch_invariant=deterministic == "batch_invariant",
         transpose=False,
         variant=variant,
         **params,

@@ -170,9 +170,8 @@ struct ResultTile {
 };
 
 // How the results of a cluster change hands: every member owns an equal share of `units` pieces of
-// the tile and reads each from the shared memory of all members. It begins with its own, then takes
-// the others from the next rank on, so that not all read from one at a time; who owns what, and so
-// the order of the sum, does not depend on timing.
+// the tile and reads each from the shared memory of all members. It adds them in rank order, so
+// that a sum depends neither on timing nor on who owns it.
 struct Exchange {
   __device__ Exchange(unsigned members, unsigned rank, unsigned units)
       : members(members),
@@ -182,30 +181,28 @@ struct Exchange {
 
 #if __CUDA_ARCH__ >= 900
   // Sums over the members of what lies at the first `count` of these addresses of each. All loads
-  // are in flight at once, since one from another's memory takes half a microsecond.
+  // are in flight at once, since one from another's memory takes half a microsecond; one's own part
+  // is read as plain shared memory, which is faster than as a cluster's.
   template <int kBatch>
   __device__ __forceinline__ void Sum(const uint32_t (&at)[kBatch], int count,
                                       float4 (&sums)[kBatch]) const {
-    float4 parts[kBatch][kMaxCluster];
+    float4 own_part[kBatch], parts[kBatch][kMaxCluster];
 #pragma unroll
     for (int u = 0; u < kBatch; ++u) {
       if (u >= count) continue;
-      parts[u][0] = LoadSharedFour(at[u]);
+      own_part[u] = LoadSharedFour(at[u]);
 #pragma unroll
-      for (int r = 1; r < kMaxCluster; ++r) {
-        if (r < members) {
-          const unsigned peer = rank + r < members ? rank + r : rank + r - members;
-          parts[u][r] = LoadClusterShared(MapToRank(at[u], peer));
-        }
+      for (int r = 0; r < kMaxCluster; ++r) {
+        if (r < members && r != rank) parts[u][r] = LoadClusterShared(MapToRank(at[u], r));
       }
     }
 #pragma unroll
     for (int u = 0; u < kBatch; ++u) {
       if (u >= count) continue;
-      sums[u] = parts[u][0];
+      sums[u] = rank == 0 ? own_part[u] : parts[u][0];
 #pragma unroll
       for (int r = 1; r < kMaxCluster; ++r) {
-        if (r < members) Add(sums[u], parts[u][r]);
+        if (r < members) Add(sums[u], r == rank ? own_part[u] : parts[u][r]);
       }
     }
   }

@@ -21,7 +21,7 @@ ffi::Error AwqGemm(Stream stream, int32_t device_ordinal, ffi::AnyBuffer x,
                    ffi::Buffer<ffi::S32> qzeros, ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> y,
                    ffi::Result<ffi::Buffer<ffi::U8>> workspace, int64_t group_size,
                    std::string_view layout, std::string_view activation, int64_t split_k,
-                   bool transpose, std::string_view variant) {
+                   bool transpose, bool batch_invariant, std::string_view variant) {
   const auto known_activation = ActivationFromName(activation);
   if (!known_activation) return InvalidArgument(kOp, ": unknown activation ", activation);
   if (split_k < 0) return InvalidArgument(kOp, ": split_k must not be negative, got ", split_k);
@@ -41,6 +41,7 @@ ffi::Error AwqGemm(Stream stream, int32_t device_ordinal, ffi::AnyBuffer x,
   p.transpose = transpose;
   p.split_k = split_k;
   p.variant = std::string(variant);
+  p.batch_invariant = batch_invariant;
   p.fused_only = true;
 
   std::vector<int64_t> dims;
@@ -102,6 +103,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(AwqGemmHandler, AwqGemm,
                                   .Attr<std::string_view>("activation")
                                   .Attr<int64_t>("split_k")
                                   .Attr<bool>("transpose")
+                                  .Attr<bool>("batch_invariant")
                                   .Attr<std::string_view>("variant"),
                               {ffi::Traits::kCmdBufferCompatible});
 

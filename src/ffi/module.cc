@@ -96,8 +96,8 @@ Layout ParseLayout(const std::string& name) {
 nb::dict PlanGemm(int64_t m, int64_t n, int64_t k, int64_t batch, int64_t group_size,
                   const std::string& layout, const std::string& x_dtype,
                   const std::string& scales_dtype, const std::string& out_dtype, bool has_zeros,
-                  bool has_activation, bool transpose, int64_t split_k, const std::string& variant,
-                  int arch, int sm_count) {
+                  bool has_activation, bool transpose, int64_t split_k, bool batch_invariant,
+                  const std::string& variant, int arch, int sm_count) {
   AwqGemmProblem problem;
   problem.m = m;
   problem.n = n;
@@ -112,6 +112,7 @@ nb::dict PlanGemm(int64_t m, int64_t n, int64_t k, int64_t batch, int64_t group_
   problem.has_activation = has_activation;
   problem.transpose = transpose;
   problem.split_k = split_k;
+  problem.batch_invariant = batch_invariant;
   problem.variant = variant;
   const AwqGemmPlan plan = PlanAwqGemm(problem, Device{EffectiveArch(arch), sm_count});
 
@@ -122,6 +123,7 @@ nb::dict PlanGemm(int64_t m, int64_t n, int64_t k, int64_t batch, int64_t group_
   result["tile"] = nb::make_tuple(plan.tile_tokens, plan.tile_outputs);
   result["split_k"] = plan.split_k;
   result["workspace_bytes"] = plan.workspace_bytes;
+  result["microseconds"] = plan.microseconds;
   result["refused"] = refused;
   return result;
 }
@@ -161,7 +163,8 @@ NB_MODULE(_ext, m) {
         "Why the CUDA driver cannot run this build; empty if it can, or if there is none.");
   m.def("plan_awq_gemm", &jax_awq::PlanGemm, nb::kw_only(), "m"_a, "n"_a, "k"_a, "batch"_a,
         "group_size"_a, "layout"_a, "x_dtype"_a, "scales_dtype"_a, "out_dtype"_a, "has_zeros"_a,
-        "has_activation"_a, "transpose"_a, "split_k"_a, "variant"_a, "arch"_a, "sm_count"_a,
+        "has_activation"_a, "transpose"_a, "split_k"_a, "batch_invariant"_a = false, "variant"_a,
+        "arch"_a, "sm_count"_a,
         "Which kernel would run an awq_gemm. Raises ValueError for a forced one that cannot.");
   m.def(
       "plan_int8_matmul", &jax_awq::PlanInt8, nb::kw_only(), "m"_a, "n"_a, "k"_a, "batch"_a,

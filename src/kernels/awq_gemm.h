@@ -30,8 +30,10 @@ struct AwqGemmProblem {
   bool has_zeros = false;  // otherwise every zero point is 8
   bool has_activation = false;
   bool transpose = false;
-  int64_t split_k = 0;      // 0: chosen by the plan
-  std::string variant;      // empty: chosen by the plan
+  int64_t split_k = 0;  // 0: chosen by the plan
+  std::string variant;  // empty: chosen by the plan
+  // A row's result does not depend on how many rows there are, nor on where it stands among them.
+  bool batch_invariant = false;
   bool fused_only = false;  // "dequantize_dot" is out of the question
 
   int64_t contraction() const { return transpose ? n : k; }
@@ -50,6 +52,7 @@ struct AwqGemmPlan {
   bool cluster = false;   // splits meet in a thread block cluster; otherwise in the workspace
   bool stream_k = false;  // all CTAs share the tiles that would not fill a wave (see StreamK)
   size_t workspace_bytes = 0;
+  double microseconds = 0;  // that the cost model expects; 0 where it does not cover the plan
   std::vector<std::pair<std::string, std::string>> refused;  // variant, why it cannot run
 };
 

@@ -5,18 +5,12 @@
 #include <stdexcept>
 
 #include "kernels/awq_gemm.h"
+#include "kernels/planning.h"
 
 namespace jax_awq {
 namespace {
 
-#if defined(JAX_AWQ_REAL_ARCHS) && !defined(JAX_AWQ_SM90A)
-constexpr bool kHasSm90a = false;
-#else
-constexpr bool kHasSm90a = true;
-#endif
 constexpr int kMaxGridZ = 65535;
-
-int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Variant {
   const char* name;
@@ -136,14 +130,22 @@ constexpr Variant kVariants[] = {
     {"decode_8", AwqGemmKernel::kDecode, 8, 128, 32, 3, true, 0, Decode8Unsupported},
     {"decode_16", AwqGemmKernel::kDecode, 16, 128, 32, 2, true, 0, Decode16Unsupported},
     {"tma_8x256", AwqGemmKernel::kTma, 8, 256, 128, 1, true, 0.22, TmaUnsupported},
-    {"tma_16x256", AwqGemmKernel::kTma, 16, 256, 128, 1, true, 0.26, TmaUnsupported},
+    {"tma_16x256", AwqGemmKernel::kTma, 16, 256, 128, 1, true, 0.285, TmaUnsupported},
     {"tma_32x256", AwqGemmKernel::kTma, 32, 256, 64, 1, true, 0.39, TmaUnsupported},
     {"tma_64x256", AwqGemmKernel::kTma, 64, 256, 64, 1, true, 0.45, TmaUnsupported},
+    {"tma_96x256", AwqGemmKernel::kTma, 96, 256, 64, 1, true, 0.56, TmaUnsupported},
     {"tma_128x128", AwqGemmKernel::kTma, 128, 128, 64, 1, true, 0.39, TmaUnsupported},
     {"tma_128x256", AwqGemmKernel::kTma, 128, 256, 64, 1, true, 0.68, TmaUnsupported},
+    {"tma_160x128", AwqGemmKernel::kTma, 160, 128, 64, 1, true, 0.46, TmaUnsupported},
+    {"tma_192x128", AwqGemmKernel::kTma, 192, 128, 64, 1, true, 0.53, TmaUnsupported},
+    {"tma_224x128", AwqGemmKernel::kTma, 224, 128, 64, 1, true, 0.605, TmaUnsupported},
     {"tma_256x128", AwqGemmKernel::kTma, 256, 128, 64, 1, true, 0.67, TmaUnsupported},
+    {"stream_96x256", AwqGemmKernel::kTma, 96, 256, 64, 1, false, 0.56, StreamUnsupported},
     {"stream_128x128", AwqGemmKernel::kTma, 128, 128, 64, 1, false, 0.39, StreamUnsupported},
     {"stream_128x256", AwqGemmKernel::kTma, 128, 256, 64, 1, false, 0.68, StreamUnsupported},
+    {"stream_160x128", AwqGemmKernel::kTma, 160, 128, 64, 1, false, 0.46, StreamUnsupported},
+    {"stream_192x128", AwqGemmKernel::kTma, 192, 128, 64, 1, false, 0.53, StreamUnsupported},
+    {"stream_224x128", AwqGemmKernel::kTma, 224, 128, 64, 1, false, 0.605, StreamUnsupported},
     {"stream_256x128", AwqGemmKernel::kTma, 256, 128, 64, 1, false, 0.67, StreamUnsupported},
     {"w4a8_32x256", AwqGemmKernel::kTma, 32, 256, 128, 1, true, 0.22, CodesUnsupported},
     {"w4a8_64x256", AwqGemmKernel::kTma, 64, 256, 128, 1, true, 0.34, CodesUnsupported},
@@ -162,11 +164,36 @@ constexpr Variant kVariants[] = {
 
 bool IsStream(const Variant& v) { return v.unsupported == StreamUnsupported; }
 
+// Whether a row has the same sums in every such tile of its kernel, and in every place of a tile.
+bool BatchInvariant(const Variant& v) {
+  switch (v.kernel) {
+    case AwqGemmKernel::kTma:  // smaller tiles sum groups apart
+      return v.tokens >= 32 && !IsStream(v);
+    case AwqGemmKernel::kWgmma:
+    case AwqGemmKernel::kMma:  // in larger tiles no warps share the depth of a stage
+      return v.tokens <= 64;
+    case AwqGemmKernel::kSimt:
+      return true;
+    default:
+      return false;
+  }
+}
+
+const char* Unsupported(const Variant& v, const AwqGemmProblem& p, const Device& device) {
+  if (const char* why = v.unsupported(p, device)) return why;
+  if (p.batch_invariant && !BatchInvariant(v)) return "its sums depend on the number of rows";
+  return nullptr;
+}
+
 const Variant* Find(const std::string& name) {
   for (const Variant& v : kVariants) {
     if (name == v.name) return &v;
   }
   return nullptr;
+}
+
+bool Runs(const char* name, const AwqGemmProblem& p, const Device& device) {
+  return Unsupported(*Find(name), p, device) == nullptr;
 }
 
 // CTA clusters of `size` that run at once: one more would cost a second wave. A cluster lives in
@@ -229,11 +256,31 @@ double StreamMicroseconds(const AwqGemmProblem& p, const Device& device, const V
          2.0 * tail.workspace_bytes() / kPartialBytes;
 }
 
+// The split that few rows and many share: the one with the least product of their times.
+int BatchInvariantTmaSplit(const AwqGemmProblem& p, const Device& device) {
+  AwqGemmProblem few = p, many = p;
+  few.m = 32, many.m = 1024;
+  few.batch = many.batch = 1;
+  const Variant& few_tile = *Find("tma_32x256");
+  const Variant& many_tile = *Find("tma_256x128");
+  auto product = [&](int split) {
+    return TmaMicroseconds(few, device, few_tile, split) *
+           TmaMicroseconds(many, device, many_tile, split);
+  };
+  int best = 1;
+  for (int split = 2; split <= std::min<int64_t>(kMaxCluster, CeilDiv(p.k, 64)); ++split) {
+    if (product(split) < product(best)) best = split;
+  }
+  return best;
+}
+
 int BestTmaSplit(const AwqGemmProblem& p, const Device& device, const Variant& v) {
   int best = 1;
+  double best_us = TmaMicroseconds(p, device, v, 1);
   for (int split = 2; split <= kMaxCluster; ++split) {
     if (split > CeilDiv(p.contraction(), v.depth)) break;
-    if (TmaMicroseconds(p, device, v, split) < TmaMicroseconds(p, device, v, best)) best = split;
+    const double us = TmaMicroseconds(p, device, v, split);
+    if (us < best_us) best = split, best_us = us;
   }
   return best;
 }
@@ -250,14 +297,17 @@ double DequantizeDotMicroseconds(const AwqGemmProblem& p, const Device& device) 
 const char* ChooseTma(const AwqGemmProblem& p, const Device& device) {
   const Variant* best = nullptr;
   double best_us = 0;
+  const int shared_split = p.batch_invariant ? BatchInvariantTmaSplit(p, device) : 0;
   for (const Variant& v : kVariants) {
-    if (v.kernel != AwqGemmKernel::kTma || v.unsupported(p, device)) continue;
+    if (v.kernel != AwqGemmKernel::kTma || Unsupported(v, p, device)) continue;
+    const int split = p.split_k > 0       ? 1
+                      : p.batch_invariant ? shared_split
+                                          : BestTmaSplit(p, device, v);
     const double us =
-        IsStream(v) ? StreamMicroseconds(p, device, v)
-                    : TmaMicroseconds(p, device, v, p.split_k > 0 ? 1 : BestTmaSplit(p, device, v));
+        IsStream(v) ? StreamMicroseconds(p, device, v) : TmaMicroseconds(p, device, v, split);
     if (best == nullptr || us < best_us) best = &v, best_us = us;
   }
-  if (!DequantizeDotUnsupported(p, device) && DequantizeDotMicroseconds(p, device) < best_us) {
+  if (Runs("dequantize_dot", p, device) && DequantizeDotMicroseconds(p, device) < best_us) {
     return "dequantize_dot";
   }
   return best->name;
@@ -265,7 +315,7 @@ const char* ChooseTma(const AwqGemmProblem& p, const Device& device) {
 
 const char* Choose(const AwqGemmProblem& p, const Device& device) {
   const int64_t m = p.m == 0 ? 1 : p.m;
-  const bool decode_8 = p.m > 0 && !Decode8Unsupported(p, device);
+  const bool decode_8 = p.m > 0 && Runs("decode_8", p, device);
   if (IsCodes(p)) {
     if (CodesUnsupported(p, device)) return "reference";
     return p.m == 0 ? "w4a8_64x256" : ChooseTma(p, device);
@@ -279,31 +329,38 @@ const char* Choose(const AwqGemmProblem& p, const Device& device) {
   }
   const bool tensor_cores = !TensorCoreUnsupported(p, device);
   // Rows of x from which dequantizing once and multiplying with the library's dense kernel wins.
-  if (m > (tensor_cores ? 256 : 32) && !DequantizeDotUnsupported(p, device)) {
-    return "dequantize_dot";
-  }
+  if (m > (tensor_cores ? 256 : 32) && Runs("dequantize_dot", p, device)) return "dequantize_dot";
   if (!tensor_cores) return SimtUnsupported(p, device) ? "reference" : "simt";
   if (decode_8) return "decode_8";
-  if (p.m > 0 && !Decode16Unsupported(p, device)) return "decode_16";
+  if (p.m > 0 && Runs("decode_16", p, device)) return "decode_16";
   // An unknown number of rows takes the tile that is never far from the best.
   if (!WgmmaUnsupported(p, device)) {
     if (p.m == 0) return "wgmma_64";
-    return m <= 16 ? "wgmma_16" : m <= 32 ? "wgmma_32" : m <= 64 ? "wgmma_64" : "wgmma_128";
+    if (m > 64 && Runs("wgmma_128", p, device)) return "wgmma_128";
+    return m <= 16 ? "wgmma_16" : m <= 32 ? "wgmma_32" : "wgmma_64";
   }
   if (p.m == 0) return "mma_64";
-  return m <= 32 ? "mma_32" : m <= 64 ? "mma_64" : "mma_128";
+  if (m > 64 && Runs("mma_128", p, device)) return "mma_128";
+  return m <= 32 ? "mma_32" : "mma_64";
 }
 
 int ChooseSplit(const AwqGemmProblem& p, const Device& device, const Variant& v) {
   if (!v.splits) return 1;
   const int64_t depth_tiles = CeilDiv(p.contraction(), v.depth);
   if (p.split_k > 0) return static_cast<int>(std::min(p.split_k, depth_tiles));
+  int64_t m = p.m == 0 ? 1 : p.m, batch = p.batch;
+  int tokens = v.tokens, ctas_per_sm = v.ctas_per_sm;
+  if (p.batch_invariant) {
+    if (v.kernel == AwqGemmKernel::kTma) return BatchInvariantTmaSplit(p, device);
+    // Parts that meet in the workspace would take as much of it for many rows as for few.
+    if (device.arch < 90) return 1;
+    m = 256, batch = 1, tokens = 64, ctas_per_sm = 1;  // whatever rows and tile there are
+  }
   if (v.kernel == AwqGemmKernel::kTma) return p.m == 0 ? 1 : BestTmaSplit(p, device, v);
-  const int64_t m = p.m == 0 ? 1 : p.m;
-  const int64_t ctas = CeilDiv(m, v.tokens) * CeilDiv(p.outputs(), v.outputs) * p.batch;
+  const int64_t ctas = CeilDiv(m, tokens) * CeilDiv(p.outputs(), v.outputs) * batch;
   int split =
       static_cast<int>(std::min<int64_t>(kMaxCluster, std::max<int64_t>(1, depth_tiles / 4)));
-  while (split > 1 && ctas > ResidentClusters(device, v.ctas_per_sm, split)) --split;
+  while (split > 1 && ctas > ResidentClusters(device, ctas_per_sm, split)) --split;
   return split;
 }
 
@@ -312,21 +369,25 @@ int ChooseSplit(const AwqGemmProblem& p, const Device& device, const Variant& v)
 AwqGemmPlan PlanAwqGemm(const AwqGemmProblem& p, const Device& device, size_t workspace_limit) {
   AwqGemmPlan plan;
   for (const Variant& v : kVariants) {
-    if (const char* why = v.unsupported(p, device)) plan.refused.emplace_back(v.name, why);
+    if (const char* why = Unsupported(v, p, device)) plan.refused.emplace_back(v.name, why);
   }
   plan.variant = p.variant.empty() ? Choose(p, device) : p.variant;
   if (plan.variant == "reference") return plan;
   const Variant* v = Find(plan.variant);
   if (v == nullptr) throw std::invalid_argument("awq_gemm: unknown variant " + plan.variant);
-  if (const char* why = v->unsupported(p, device)) {
+  if (const char* why = Unsupported(*v, p, device)) {
     throw std::invalid_argument("awq_gemm: variant " + plan.variant + " cannot run: " + why);
   }
   plan.kernel = v->kernel;
   plan.resident_ctas = device.sm_count * v->ctas_per_sm;
   plan.tile_tokens = v->tokens;
   plan.tile_outputs = v->outputs;
-  if (v->tokens == 0) return plan;
+  if (v->tokens == 0) {
+    plan.microseconds = DequantizeDotMicroseconds(p, device);
+    return plan;
+  }
   if (IsStream(*v)) {
+    plan.microseconds = StreamMicroseconds(p, device, *v);
     const size_t bytes = Tail(p, device, *v).workspace_bytes();
     plan.stream_k = bytes <= workspace_limit;
     plan.workspace_bytes = plan.stream_k ? bytes : 0;
@@ -335,10 +396,18 @@ AwqGemmPlan PlanAwqGemm(const AwqGemmProblem& p, const Device& device, size_t wo
 
   plan.split_k = ChooseSplit(p, device, *v);
   plan.cluster = plan.split_k > 1 && plan.split_k <= kMaxCluster && device.arch >= 90;
+  if (v->kernel == AwqGemmKernel::kTma && plan.split_k <= kMaxCluster && p.m > 0) {
+    plan.microseconds = TmaMicroseconds(p, device, *v, plan.split_k);
+  }
   if (plan.split_k > 1 && !plan.cluster) {
     const size_t partial = static_cast<size_t>(p.batch) * p.m * p.outputs() * sizeof(float);
     if (p.m > 0) {
       plan.split_k = static_cast<int>(std::min<size_t>(plan.split_k, workspace_limit / partial));
+    }
+    if (p.batch_invariant && p.m == 0) {
+      throw std::invalid_argument("awq_gemm: batch_invariant with split_k_iters " +
+                                  std::to_string(plan.split_k) +
+                                  " needs the number of rows when the program is lowered");
     }
     if (plan.split_k <= 1 || p.m == 0) plan.split_k = 1;
     if (plan.split_k > 1) plan.workspace_bytes = plan.split_k * partial;

@@ -441,10 +441,18 @@ cudaError_t LaunchTmaTiles(const AwqGemmPlan& plan, const AwqGemmParams& p, cuda
       return LaunchTmaTile<T, S, 32, 2>(plan, p, stream);
     case 64256:
       return LaunchTmaTile<T, S, 64, 2>(plan, p, stream);
+    case 96256:
+      return LaunchTmaTile<T, S, 96, 2>(plan, p, stream);
     case 128128:
       return LaunchTmaTile<T, S, 128, 1>(plan, p, stream);
     case 128256:
       return LaunchTmaTile<T, S, 128, 2>(plan, p, stream);
+    case 160128:
+      return LaunchTmaTile<T, S, 160, 1>(plan, p, stream);
+    case 192128:
+      return LaunchTmaTile<T, S, 192, 1>(plan, p, stream);
+    case 224128:
+      return LaunchTmaTile<T, S, 224, 1>(plan, p, stream);
     case 256128:
       return LaunchTmaTile<T, S, 256, 1>(plan, p, stream);
     default:

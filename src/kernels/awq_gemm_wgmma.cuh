@@ -40,6 +40,19 @@ struct WgmmaTile {
   using Loader = StageLoader<T, kLayout, kTranspose, kTokens, kOutputs, kThreads>;
 };
 
+// Which part of the contraction a CTA has, and which tokens. The compiler cannot see that two of
+// them are the same: the epilogue's is made after the main loop, and takes no registers in it.
+struct WgmmaPlace {
+  __device__ WgmmaPlace(int splits, int tokens) {
+    unsigned block = blockIdx.x;
+    asm volatile("" : "+r"(block));
+    split = block % splits;
+    token0 = static_cast<int64_t>(block / splits) * tokens;
+  }
+  unsigned split;
+  int64_t token0;
+};
+
 template <typename T, Layout kLayout, bool kTranspose, int kTokens>
 __global__ void __launch_bounds__(WgmmaTile<T, kLayout, kTranspose, kTokens>::kThreads,
                                   WgmmaTile<T, kLayout, kTranspose, kTokens>::kCtasPerSm)
@@ -49,20 +62,20 @@ __global__ void __launch_bounds__(WgmmaTile<T, kLayout, kTranspose, kTokens>::kT
   using Frag = typename Tile::Frag;
   extern __shared__ __align__(1024) char shared[];
 
-  const int warpgroup = threadIdx.x / 128;
-  const int warp = threadIdx.x / 32 % 4;
+  const int cta_warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // known to be uniform
+  const int warpgroup = cta_warp / 4;
+  const int warp = cta_warp % 4;
   const int t = threadIdx.x % 4;
 
-  const unsigned split = blockIdx.x % p.splits;
-  const int64_t token0 = static_cast<int64_t>(blockIdx.x / p.splits) * kTokens;
+  const WgmmaPlace place(p.splits, kTokens);
   const int output0 = blockIdx.y * Tile::kOutputs;
   const int group_shift = p.buffers.weight.group_shift;
   const unsigned tiles = (static_cast<unsigned>(p.contraction) + kDepth - 1) / kDepth;
-  const Share share(tiles, split, p.splits);
+  const Share share(tiles, place.split, p.splits);
   int depth0 = share.first * kDepth;
 
   const uint32_t shared_base = SharedAddress(shared);
-  typename Tile::Loader loader(p, shared_base, token0, output0, depth0);
+  typename Tile::Loader loader(p, shared_base, place.token0, output0, depth0);
 #pragma unroll
   for (int s = 0; s < Tile::kAhead; ++s) {
     if (s < share.count) loader.Load(s);
@@ -154,8 +167,10 @@ __global__ void __launch_bounds__(WgmmaTile<T, kLayout, kTranspose, kTokens>::kT
     }
     __syncthreads();
   }
-  ReduceAndStore<typename Tile::Result, Tile::kThreads>(
-      MakeEpilogue(p, blockIdx.z), tile, token0, output0, split, p.splits, p.batch * p.size());
+  const WgmmaPlace end(p.splits, kTokens);
+  ReduceAndStore<typename Tile::Result, Tile::kThreads>(MakeEpilogue(p, blockIdx.z), tile,
+                                                        end.token0, output0, end.split, p.splits,
+                                                        p.batch * p.size());
 #endif
 }
 

@@ -5,18 +5,12 @@
 #include <stdexcept>
 
 #include "kernels/int8_matmul.h"
+#include "kernels/planning.h"
 
 namespace jax_awq {
 namespace {
 
-#if defined(JAX_AWQ_REAL_ARCHS) && !defined(JAX_AWQ_SM90A)
-constexpr bool kHasSm90a = false;
-#else
-constexpr bool kHasSm90a = true;
-#endif
 constexpr int64_t kMaxGridYz = 65535;
-
-int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Variant {
   const char* name;

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from gpu.variants import (
@@ -12,6 +13,7 @@ from gpu.variants import (
     TRANSPOSED,
     VARIANTS,
     Case,
+    assert_same_bits,
     check,
     on_cpu,
     problem_of,
@@ -267,6 +269,76 @@ def test_identity_gives_the_weight(x, scales, layout, transpose, variant, force)
         part = eye[start : start + rows]
         y = program(*left, part) if transpose else program(part, weight)
         np.testing.assert_array_equal(np.asarray(y), wanted[start : start + rows])
+
+
+INVARIANT_CASES = (
+    Case(300, 4096, 4096),  # in clusters
+    Case(300, 4096, 4096, 128, BF16, bias=BF16, activation="silu"),
+    Case(300, 1024, 28672, 64, scales=F16, symmetric=True),  # without splits
+    Case(300, 14336, 4096, 128, BF16, scales=F16, out=F32),
+    Case(300, 1120, 288, 32, bias=F32, activation="gelu"),
+    Case(300, 2048, 512, split=3),
+    Case(300, 2048, 512, 128, BF16, split=12, bias=BF16),  # in the workspace
+    Case(300, 1024, 136, 64, BF16, bias=F32),  # rows that TMA cannot take
+    Case(300, 2048, 264, 128, layout="oc_major", activation="relu"),
+    Case(300, 100, 72, -1),  # no tensor cores
+    Case(300, 256, 136, 32, F16, scales=BF16),
+)
+
+
+@pytest.mark.parametrize("case", INVARIANT_CASES, ids=str)
+def test_batch_invariant(case):
+    """A row has the same bits in every batch, and in every place of it."""
+    p = problem_of(case)
+
+    def product(x, weight, bias):
+        return awq_gemm(
+            x,
+            weight,
+            bias=bias,
+            activation=case.activation,
+            split_k_iters=case.split,
+            deterministic="batch_invariant",
+            out_dtype=case.out,
+        )
+
+    run = jax.jit(product)
+    y = np.asarray(run(p.x, p.weight, p.bias))
+    assert_close(y, p.float64(), on_cpu(case.product, p.x, p.weight, p.bias))
+    for rows in (1, 7, 16, 33, 64, 100, 129, 256):
+        for first in (0, 300 - rows):
+            part = np.asarray(run(p.x[first : first + rows], p.weight, p.bias))
+            assert_same_bits(part, y[first : first + rows])
+
+
+@pytest.mark.parametrize("case", [Case(300, 2048, 512), Case(300, 1120, 288, 32, BF16)], ids=str)
+def test_batch_invariant_tiles_agree(case, force):
+    """Whichever of its tiles a kernel takes, the bits are the same."""
+    p = problem_of(case)
+    product = functools.partial(awq_gemm, deterministic="batch_invariant")
+    refused = refusals(product, p.x, p.weight)
+    first = {}
+    for variant in (v for v in VARIANTS if v not in refused):
+        force(variant)
+        y = np.asarray(product(p.x, p.weight))
+        assert_same_bits(y, first.setdefault(variant.partition("_")[0], y))
+    assert set(first) >= {"simt"}
+
+
+@pytest.mark.parametrize("case", [Case(300, 1024, 4096), Case(300, 2048, 264, 128, BF16)], ids=str)
+def test_batch_invariant_gradient(case):
+    p = problem_of(case)
+    ct = np.random.default_rng(1).standard_normal((case.m, case.n)).astype(case.x)
+
+    def pull(ct, weight):
+        x = jnp.zeros((len(ct), case.k), case.x)
+        product = functools.partial(awq_gemm, deterministic="batch_invariant")
+        return jax.linear_transpose(lambda x: product(x, weight), x)(ct)[0]
+
+    run = jax.jit(pull)
+    dx = np.asarray(run(ct, p.weight))
+    for rows in (1, 16, 33, 129, 256):
+        assert_same_bits(np.asarray(run(ct[-rows:], p.weight)), dx[-rows:])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -24,6 +24,7 @@ GEMM = {
     "activation": "none",
     "split_k": 0,
     "transpose": False,
+    "batch_invariant": False,
     "variant": "",
 }
 DEQUANTIZE = {name: GEMM[name] for name in ("qweight", "scales", "qzeros", "group_size", "layout")}
@@ -130,6 +131,7 @@ def test_smaller_workspace_than_planned(rng, variant, force):
             activation="none",
             split_k=12,
             transpose=False,
+            batch_invariant=False,
             variant=variant,
             workspace_bytes=workspace_bytes,
         )

@@ -1,6 +1,7 @@
 """`awq_gemm` against float64, over shapes, groups, layouts and dtypes."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -161,6 +162,23 @@ def test_no_rows(rng, shape):
     assert awq_gemm(x, weight).shape == (*shape[:-1], 16)
     grad = jax.grad(lambda s: awq_gemm(x, weight.qweight, s, weight.qzeros).sum())(weight.scales)
     np.testing.assert_array_equal(grad, np.zeros_like(weight.scales))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_batch_invariant_rows_have_the_same_bits_in_every_batch(rng, dtype):
+    p = random_problem(
+        rng, 40, 1152, 136, group_size=128, dtype=dtype, bias=True, activation="gelu"
+    )
+    product = functools.partial(
+        awq_gemm, bias=p.bias, activation="gelu", deterministic="batch_invariant"
+    )
+    y = np.asarray(product(p.x, p.weight))
+    assert_close_to_float64(y, p)
+    for first, rows in ((0, 1), (39, 1), (3, 2), (8, 7), (5, 33)):
+        part = product(p.x[first : first + rows], p.weight)
+        np.testing.assert_array_equal(part, y[first : first + rows])
+    mapped = jax.vmap(product, (0, None))(p.x.reshape(8, 5, -1), p.weight)
+    np.testing.assert_array_equal(mapped.reshape(y.shape), y)
 
 
 def test_arrays_and_weight_are_the_same_call(rng):

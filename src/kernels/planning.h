@@ -1,0 +1,17 @@
+// What the plans of several ops share. Plain C++.
+#pragma once
+
+#include <cstdint>
+
+namespace jax_awq {
+
+// False where a build has code for GPUs, but none for sm_90a: plain sm_90 has no wgmma.
+#if defined(JAX_AWQ_REAL_ARCHS) && !defined(JAX_AWQ_SM90A)
+constexpr bool kHasSm90a = false;
+#else
+constexpr bool kHasSm90a = true;
+#endif
+
+constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace jax_awq

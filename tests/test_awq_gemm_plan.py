@@ -1,0 +1,118 @@
+"""What the compiled planning code of `awq_gemm` promises over all numbers of rows."""
+
+import pytest
+
+from jax_awq import _ffi
+
+pytestmark = pytest.mark.skipif(_ffi._ext is None, reason=_ffi.MISSING or "built")
+
+# (K, N) of decoders' linears.
+SHAPES = [
+    (4096, 4096),
+    (4096, 6144),
+    (14336, 4096),
+    (4096, 28672),
+    (8192, 10240),
+    (8192, 28672),
+    (28672, 8192),
+    (5120, 5120),
+]
+# Tiles of the TMA kernel that sum K in one order.
+WGMMA_TILES = {
+    f"tma_{tile}"
+    for tile in (
+        "32x256",
+        "64x256",
+        "96x256",
+        "128x128",
+        "128x256",
+        "160x128",
+        "192x128",
+        "224x128",
+        "256x128",
+    )
+}
+
+
+def planned(m, k, n, **changes):
+    arguments = {
+        "m": m, "n": n, "k": k, "batch": 1, "group_size": 128, "layout": "gemm",
+        "x_dtype": "float16", "scales_dtype": "float16", "out_dtype": "float16",
+        "has_zeros": True, "has_activation": False, "transpose": False, "split_k": 0,
+        "variant": "", "arch": 90, "sm_count": 132,
+    }  # fmt: skip
+    return _ffi.plan_awq_gemm(**arguments | changes)
+
+
+# --- batch_invariant
+
+
+@pytest.mark.parametrize(
+    ("changes", "kernels"),
+    [
+        ({}, WGMMA_TILES),
+        ({"layout": "oc_major"}, {"wgmma_16", "wgmma_32", "wgmma_64"}),
+        ({"transpose": True}, {"wgmma_16", "wgmma_32", "wgmma_64"}),
+        ({"arch": 80, "sm_count": 108}, {"mma_32", "mma_64"}),
+        ({"arch": 75, "sm_count": 40}, {"simt"}),
+        ({"scales_dtype": "bfloat16"}, {"simt"}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("k", "n"), [*SHAPES, (2048, 5120), (128, 32)])
+def test_rows_share_one_family_and_one_split(k, n, changes, kernels):
+    if "no code for" in planned(1, k, n, **changes)["refused"].get("simt", ""):
+        pytest.skip("this build has no code for that GPU")
+    every = [
+        planned(m, k, n, batch_invariant=True, **changes)
+        for m in (0, *range(1, 600), *range(600, 8193, 31), 8192)
+    ]
+    assert {found["variant"] for found in every} <= kernels
+    assert len({found["split_k"] for found in every}) == 1
+    assert {found["workspace_bytes"] for found in every} == {0}
+    for found in every:
+        assert found["variant"] not in found["refused"]
+        assert "dequantize_dot" in found["refused"]
+    stacked = planned(40, k, n, batch_invariant=True, batch=8, **changes)
+    assert stacked["split_k"] == every[0]["split_k"]
+
+
+@pytest.mark.parametrize("split", [1, 3, 8, 12])
+def test_a_split_that_was_asked_for_is_taken_for_all_rows(split):
+    for m in (1, 16, 17, 300, 4096):
+        found = planned(m, 4096, 4096, batch_invariant=True, split_k=split)
+        assert found["split_k"] == split
+        assert found["variant"].startswith("tma_")
+
+
+def test_a_split_that_needs_a_workspace_needs_to_know_the_rows():
+    assert planned(0, 4096, 4096, batch_invariant=True, split_k=8)["split_k"] == 8
+    with pytest.raises(ValueError, match="batch_invariant with split_k_iters 12 needs the number"):
+        planned(0, 4096, 4096, batch_invariant=True, split_k=12)
+
+
+@pytest.mark.parametrize("variant", ["decode_8", "tma_16x256", "stream_256x128", "wgmma_128"])
+def test_a_kernel_of_other_sums_cannot_be_forced(variant):
+    planned(8, 4096, 4096, variant=variant)
+    with pytest.raises(ValueError, match=f"variant {variant} cannot run: its sums depend"):
+        planned(8, 4096, 4096, variant=variant, batch_invariant=True)
+
+
+# --- the cost model
+
+
+@pytest.mark.parametrize(("k", "n"), SHAPES)
+def test_no_cliff(k, n):
+    """A quarter more rows never take 1.35 times as long, by the cost model."""
+    # 257 rows of 28672 x 8192 are the first that no tile takes in one wave.
+    limit = 1.42 if (k, n) == (28672, 8192) else 1.35
+    time = {m: planned(m, k, n)["microseconds"] for m in range(16, 513)}
+    assert all(us > 0 for us in time.values())
+    for m in range(16, 410):
+        assert time[m * 5 // 4] <= limit * time[m], (m, planned(m * 5 // 4, k, n)["variant"])
+
+
+def test_only_what_the_cost_model_covers_has_a_time():
+    assert planned(64, 4096, 4096, split_k=8)["microseconds"] > 0
+    for changes in ({"m": 0}, {"split_k": 12}, {"layout": "oc_major"}, {"arch": 80}):
+        assert planned(**{"m": 64, "k": 4096, "n": 4096} | changes)["microseconds"] == 0
