@@ -80,7 +80,8 @@ def _w4a16(dx, weight, params) -> list[Array]:
         split_k=0,
         transpose=False,
         has_bias=False,
-        variant=params["variant"],
+        # Kernels of codes alone take no float x.
+        variant="" if params["variant"].startswith("w4a8_") else params["variant"],
     )
 
 
