@@ -3,14 +3,17 @@
 //
 //     nvcc -O3 -std=c++17 -Isrc -gencode=arch=compute_90a,code=sm_90a benchmarks/sweep.cu
 //         src/kernels/*.cu src/kernels/*.cc -o sweep
-//     ./sweep "4096,4096 14336,4096" "1 16 64" "tma_64x256:4 tma_64x128 decode_8" [f16|bf16] [G]
+//     ./sweep "4096,4096 14336,4096" "1 16 64" "tma_64x256:4 tma_64x128 decode_8"
+//     [f16|bf16|s8|e4m3] [G]
 //
 // One line a measurement: K N G M dtype variant split us error, the error against the simt kernel
 // relative to the largest result. A variant without a split takes the plan's,
-// and "auto" its variant too.
+// and "auto" its variant too. With s8 and e4m3 x is such codes, and the simt kernel has them as
+// f16.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -58,6 +61,37 @@ __global__ void FillFloats(T* to, size_t count, uint32_t seed, float low, float 
   }
 }
 
+// Codes of random activations and the same as float16.
+__global__ void FillCodes(uint8_t* codes, __half* as_float, size_t count, bool float8) {
+  for (size_t i = blockIdx.x * size_t{blockDim.x} + threadIdx.x; i < count;
+       i += size_t{gridDim.x} * blockDim.x) {
+    const float v = (Hash(i, 4) * 0x1p-31f - 1.0f) * (float8 ? 448 : 127);
+    if (float8) {
+      const __nv_fp8_e4m3 code(v);
+      codes[i] = code.__x;
+      as_float[i] = __half(float(code));
+    } else {
+      const int code = __float2int_rn(v);
+      codes[i] = static_cast<uint8_t>(code);
+      as_float[i] = __half(float(code));
+    }
+  }
+}
+
+// As AwqGemmBuffers wants them; a block has a row.
+__global__ void SumChunks(const __half* x, __nv_bfloat16* sums, int64_t k) {
+  const int64_t columns = ChunkSumColumns(k);
+  for (int64_t c = threadIdx.x; c < columns / 4; c += blockDim.x) {
+    float sum = 0;
+    for (int64_t i = c * kSumChunk; i < min(k, (c + 1) * kSumChunk); ++i) {
+      sum += float(x[blockIdx.x * k + i]);
+    }
+    __nv_bfloat16* to = sums + blockIdx.x * columns + 4 * c;
+    to[0] = to[2] = __float2bfloat16_rn(sum);
+    to[1] = to[3] = __float2bfloat16_rn(sum - float(to[0]));
+  }
+}
+
 std::vector<std::string> Words(const std::string& text) {
   std::istringstream in(text);
   std::vector<std::string> words;
@@ -70,7 +104,7 @@ float ToFloat(__nv_bfloat16 v) { return __bfloat162float(v); }
 
 template <typename T>
 void Sweep(const std::vector<std::string>& shapes, const std::vector<std::string>& ms,
-           const std::vector<std::string>& variants, DType dtype, int64_t group) {
+           const std::vector<std::string>& variants, DType dtype, DType x_dtype, int64_t group) {
   constexpr size_t kPool = size_t{1} << 30;
   constexpr double kColdBytes = 240e6;
   cudaStream_t stream;
@@ -90,6 +124,18 @@ void Sweep(const std::vector<std::string>& shapes, const std::vector<std::string
   CHECK(cudaMalloc(&workspace, kWorkspace));
   FillWords<<<1024, 256>>>(reinterpret_cast<uint32_t*>(pool), kPool / 4, 1);
   FillFloats<<<1024, 256>>>(x, kElements, 2, -1.0f, 1.0f);
+  const bool codes = x_dtype != dtype;
+  uint8_t* x_codes = nullptr;
+  __nv_bfloat16* sums = nullptr;
+  float* row_scale = nullptr;
+  if (codes) {
+    CHECK(cudaMalloc(&x_codes, kElements));
+    CHECK(cudaMalloc(&sums, kElements / 8));
+    CHECK(cudaMalloc(&row_scale, 8192 * 4));
+    FillCodes<<<1024, 256>>>(x_codes, reinterpret_cast<__half*>(x), kElements,
+                             x_dtype == DType::kE4M3);
+    FillFloats<<<64, 256>>>(row_scale, 8192, 5, 0.001f, 0.01f);
+  }
   T* scales;
   CHECK(cudaMalloc(&scales, kPool / 8));
   FillFloats<<<1024, 256>>>(scales, kPool / 16, 3, 0.002f, 0.01f);
@@ -123,16 +169,24 @@ void Sweep(const std::vector<std::string>& shapes, const std::vector<std::string
         b.weight.scales = scales + copy * scale_bytes / 2;
         b.x = x;
         b.y = to;
+        b.row_scale = row_scale;
+        b.chunk_sums = sums;
         b.workspace = workspace;
         return b;
       };
       const size_t outputs = p.m * n;
       auto launch = [&](const AwqGemmProblem& problem, const AwqGemmPlan& plan, int copy, T* to) {
-        if (const char* error = LaunchAwqGemm(problem, plan, buffers(copy, to), stream)) {
+        AwqGemmBuffers b = buffers(copy, to);
+        if (problem.x_dtype == x_dtype && codes) b.x = x_codes;
+        if (const char* error = LaunchAwqGemm(problem, plan, b, stream)) {
           std::fprintf(stderr, "%s: %s\n", plan.variant.c_str(), error);
           std::exit(1);
         }
       };
+      if (codes) {
+        SumChunks<<<static_cast<unsigned>(p.m), 256, 0, stream>>>(reinterpret_cast<__half*>(x),
+                                                                  sums, k);
+      }
       p.variant = "simt";
       const size_t checked = std::min<size_t>(outputs, size_t{1} << 22);
       std::vector<T> want(checked), got(checked);
@@ -143,6 +197,9 @@ void Sweep(const std::vector<std::string>& shapes, const std::vector<std::string
         AwqGemmProblem q = p;
         const size_t colon = word.find(':');
         q.variant = word.substr(0, colon);
+        // A variant of another x is the same problem with float16 codes.
+        const bool of_codes = codes && q.variant.rfind("w4a8", 0) == 0;
+        if (of_codes) q.x_dtype = x_dtype;
         if (q.variant == "auto") q.variant.clear();
         q.split_k = colon == std::string::npos ? 0 : std::stol(word.substr(colon + 1));
         AwqGemmPlan plan;
@@ -185,8 +242,11 @@ void Sweep(const std::vector<std::string>& shapes, const std::vector<std::string
         CHECK(cudaGraphExecDestroy(exec));
         CHECK(cudaGraphDestroy(graph));
         std::printf("%ld %ld %ld %ld %s %s %d %.2f %.1e\n", k, n, group, p.m,
-                    dtype == DType::kF16 ? "f16" : "bf16", plan.variant.c_str(), plan.split_k,
-                    times[times.size() / 2], error / largest);
+                    q.x_dtype == DType::kF16    ? "f16"
+                    : q.x_dtype == DType::kBF16 ? "bf16"
+                    : q.x_dtype == DType::kS8   ? "s8"
+                                                : "e4m3",
+                    plan.variant.c_str(), plan.split_k, times[times.size() / 2], error / largest);
         std::fflush(stdout);
       }
     }
@@ -199,9 +259,15 @@ int main(int argc, char** argv) {
   if (argc < 4) return 2;
   const std::string dtype = argc > 4 ? argv[4] : "f16";
   const int64_t group = argc > 5 ? std::stol(argv[5]) : 128;
-  if (dtype == "f16") {
-    Sweep<__half>(Words(argv[1]), Words(argv[2]), Words(argv[3]), DType::kF16, group);
+  const auto sweep = [&](auto type, DType scales, DType x) {
+    Sweep<decltype(type)>(Words(argv[1]), Words(argv[2]), Words(argv[3]), scales, x, group);
+  };
+  if (dtype == "bf16") {
+    sweep(__nv_bfloat16(), DType::kBF16, DType::kBF16);
   } else {
-    Sweep<__nv_bfloat16>(Words(argv[1]), Words(argv[2]), Words(argv[3]), DType::kBF16, group);
+    sweep(__half(), DType::kF16,
+          dtype == "s8"     ? DType::kS8
+          : dtype == "e4m3" ? DType::kE4M3
+                            : DType::kF16);
   }
 }

@@ -10,7 +10,7 @@ namespace jax_awq {
 
 template <typename T, typename S, int kTokens, int kTiles>
 class MmaConsumer {
-  using Tile = TmaTile<kTokens, kTiles>;
+  using Tile = TmaTile<kTokens, kTiles, 2>;
   using D = Dequant<T>;
   static constexpr int kBlocks = kTokens / 8;
 
@@ -35,7 +35,7 @@ class MmaConsumer {
     }
   }
 
-  const TmaLane<kTokens, kTiles> lane;
+  const TmaLane<Tile> lane;
 
  private:
   template <bool kSmallGroups>

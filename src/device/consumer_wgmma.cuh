@@ -13,7 +13,7 @@ namespace jax_awq {
 
 template <typename T, typename S, int kTokens, int kTiles>
 class WgmmaConsumer {
-  using Tile = TmaTile<kTokens, kTiles>;
+  using Tile = TmaTile<kTokens, kTiles, 2>;
   using D = Dequant<T>;
   using Scale = std::conditional_t<std::is_same_v<T, S>, uint32_t, typename D::Scale>;
 
@@ -73,7 +73,7 @@ class WgmmaConsumer {
     if (previous >= 0 && leader) BarrierArrive(Tile::Empty(shared_, previous));
   }
 
-  const TmaLane<kTokens, kTiles> lane;
+  const TmaLane<Tile> lane;
 
  private:
   __device__ void EnterGroup(int stage, int row) {

@@ -70,7 +70,10 @@ struct Share {
 struct EpilogueParams {
   void* y;           // this batch entry's (M, outputs)
   const void* bias;  // this batch entry's (outputs), or nullptr
-  float* partials;   // (splits, batch, M, outputs); nullptr unless splits meet in the workspace
+  // This batch entry's (M), or nullptr; maybe written by a kernel that this one overlaps, so not to
+  // be read before anything else of it.
+  const float* row_scale;
+  float* partials;  // (splits, batch, M, outputs); nullptr unless splits meet in the workspace
   int64_t m;
   int64_t outputs;
   DType out_dtype;
@@ -81,8 +84,13 @@ struct EpilogueParams {
   __device__ void WriteOnly(int64_t offset) {
     y = partials + offset;
     bias = nullptr;
+    row_scale = nullptr;
     out_dtype = DType::kF32;
     activation = Activation::kNone;
+  }
+
+  __device__ float RowScale(int64_t token) const {
+    return row_scale && token < m ? row_scale[token] : 1.0f;
   }
 };
 
@@ -94,7 +102,7 @@ __device__ __forceinline__ float Finish(const EpilogueParams& p, int64_t output,
 __device__ __forceinline__ void FinishOne(const EpilogueParams& p, int64_t token, int64_t output,
                                           float v) {
   const int64_t at = token * p.outputs + output;
-  v = Finish(p, output, v);
+  v = Finish(p, output, v * p.RowScale(token));
   if (p.out_dtype == DType::kF32) {
     static_cast<float*>(p.y)[at] = v;
   } else {
@@ -113,10 +121,11 @@ __device__ __forceinline__ void FinishFour(const EpilogueParams& p, int64_t toke
     }
     return;
   }
-  v.x = Finish(p, output, v.x);
-  v.y = Finish(p, output + 1, v.y);
-  v.z = Finish(p, output + 2, v.z);
-  v.w = Finish(p, output + 3, v.w);
+  const float scale = p.RowScale(token);
+  v.x = Finish(p, output, v.x * scale);
+  v.y = Finish(p, output + 1, v.y * scale);
+  v.z = Finish(p, output + 2, v.z * scale);
+  v.w = Finish(p, output + 3, v.w * scale);
   const int64_t at = token * p.outputs + output;
   if (p.out_dtype == DType::kF32) {
     *reinterpret_cast<float4*>(static_cast<float*>(p.y) + at) = v;
@@ -230,11 +239,12 @@ class HalfWord {
   template <bool kActivate>
   __device__ __forceinline__ void Store(const EpilogueParams& p, const float (&v)[kTiles][4],
                                         int64_t token) const {
+    const float scales[2] = {p.RowScale(token - odd_), p.RowScale(token - odd_ + 1)};
     float mine[2 * kTiles], other[2 * kTiles];
 #pragma unroll
     for (int i = 0; i < 2 * kTiles; ++i) {
-      float first = v[i / 2][i % 2 * 2] + bias_[i];
-      float second = v[i / 2][i % 2 * 2 + 1] + bias_[i];
+      float first = v[i / 2][i % 2 * 2] * scales[0] + bias_[i];
+      float second = v[i / 2][i % 2 * 2 + 1] * scales[1] + bias_[i];
       if constexpr (kActivate) {
         first = Activate(first, p.activation);
         second = Activate(second, p.activation);

@@ -24,6 +24,13 @@ __device__ __forceinline__ uint32_t MaskOr(uint32_t a, uint32_t mask, uint32_t b
   return r;
 }
 
+// (a & mask) ^ bits, likewise (table 0x6a).
+__device__ __forceinline__ uint32_t MaskXor(uint32_t a, uint32_t mask, uint32_t bits) {
+  uint32_t r;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(r) : "r"(a), "r"(mask), "r"(bits));
+  return r;
+}
+
 // `v` itself, from where the compiler cannot see how it came about: values that are cheap to
 // compute are otherwise computed again in every iteration of a loop.
 __device__ __forceinline__ uint32_t KeepInRegister(uint32_t v) {

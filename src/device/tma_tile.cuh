@@ -8,24 +8,30 @@
 
 namespace jax_awq {
 
-// kTiles: 64-row tiles of outputs of a warpgroup.
-template <int kTokens, int kTiles>
+// kTiles: 64-row tiles of outputs of a warpgroup; kElementBytes: of x.
+template <int kTokens_, int kTiles_, int kElementBytes>
 struct TmaTile {
+  static constexpr int kTokens = kTokens_;
+  static constexpr int kTiles = kTiles_;
   static constexpr int kOutputs = 128 * kTiles;
+  static constexpr bool kCodes = kElementBytes == 1;
   // Up to here the bytes of the weight decide, and mma.sync needs fewer instructions for them.
-  static constexpr bool kMma = kTokens <= 16;
-  static constexpr int kDepth = kMma ? 128 : 64;
+  static constexpr bool kMma = !kCodes && kTokens <= 16;
+  static constexpr int kDepth = kMma || kCodes ? 128 : 64;
   // Teams of eight warps take turns at the stages.
   static constexpr int kTeams = kMma ? 2 : 1;
   static constexpr int kTeamWarps = 8;
   static constexpr int kConsumerWarps = kTeams * kTeamWarps;
   // One warp copies. Registers can only move to the consumers from a whole warpgroup.
-  static constexpr bool kMoveRegisters = kTokens * kTiles == 256;
+  static constexpr bool kMoveRegisters = kTokens * kTiles == (kCodes ? 128 : 256);
   static constexpr int kThreads = 32 * (kConsumerWarps + (kMoveRegisters ? 4 : 1));
 
-  static constexpr int kXBytes = kTokens * kDepth * 2;
+  // x lies in parts of 128 bytes a row, a row of the 128-byte swizzle.
+  static constexpr int kParts = kDepth * kElementBytes / 128;
+  static constexpr int kPartDepth = 128 / kElementBytes;
+  static constexpr int kXBytes = kTokens * kDepth * kElementBytes;
   static constexpr int kWordBytes = kDepth * kOutputs / 2;
-  static constexpr int kGroupRows = kDepth / 32;  // at most
+  static constexpr int kGroupRows = kCodes ? 1 : kDepth / 32;  // at most
   static constexpr int kScaleBytes = kGroupRows * kOutputs * 2;
   static constexpr int kZeroBytes = kGroupRows * kOutputs / 2;
   static constexpr int kStageBytes = kXBytes + kWordBytes + kScaleBytes + kZeroBytes;
@@ -50,6 +56,12 @@ struct TmaTile {
   static constexpr int kBarriersAt = kZerosAt + kStages * kZeroBytes;
   static constexpr int kSharedBytes = kBarriersAt + 16 * kStages + kAlignment;
   static_assert(kExchangeBytes <= kBarriersAt);
+
+  // With codes some stages have sums of x over chunks in place of x, and the scales and zero points
+  // that go with them in place of words.
+  static constexpr int kSumChunks = 16;
+  static constexpr int kSumZerosAt = kSumChunks * kOutputs * 2;
+  static constexpr int kSumWordBytes = kSumZerosAt + kSumChunks * kOutputs / 2;
 
   __device__ static uint32_t Words(uint32_t shared, int s) {
     return shared + kWordsAt + s * kWordBytes;
@@ -83,9 +95,9 @@ struct StageCounter {
 // operand of mma and wgmma for each of four outputs. With 256 outputs a warp has 32 of its own and
 // a lane all four codes; with 128 two warps of different warpgroups have the same words and take
 // two codes each, rows g and g + 8 of their one tile.
-template <int kTokens, int kTiles>
+template <typename Tile>
 struct TmaLane {
-  using Tile = TmaTile<kTokens, kTiles>;
+  static constexpr int kTiles = Tile::kTiles;
 
   __device__ TmaLane(uint32_t shared, bool has_zeros)
       : shared(shared), has_zeros(KeepInRegister(has_zeros)) {
@@ -95,8 +107,9 @@ struct TmaLane {
     word = Word(warp);
     byte = Byte(warp);
     half_selector = KeepInRegister(lane / 4 % 2 ? 0x3232 : 0x1010);
-    words_at = KeepInRegister(Tile::Words(shared, 0) + lane * (Tile::kOutputs / 2) +
-                              ((chunk ^ (kTiles == 2 ? lane % 8 : lane / 2 % 4)) << 4));
+    const int row = Tile::kCodes ? CodesRow(lane) : lane;
+    words_at = KeepInRegister(Tile::Words(shared, 0) + row * (Tile::kOutputs / 2) +
+                              ((chunk ^ (kTiles == 2 ? row % 8 : row / 2 % 4)) << 4));
     scales_at = KeepInRegister(Tile::Scales(shared, 0) + 16 * word + 8 * byte);
     zeros_at = KeepInRegister(Tile::Zeros(shared, 0) + 4 * word);
   }
@@ -107,7 +120,16 @@ struct TmaLane {
   __device__ static int Word(int warp) { return 4 * Chunk(warp) + threadIdx.x % 32 / 8; }
   __device__ static int Byte(int warp) { return kTiles == 2 ? 0 : warp / 4; }
 
-  // codes[h][i]: half a word in rows 32 h + 8 i + 2t and the next.
+  // Which of 32 rows a lane addresses where a fragment has four consecutive indices of a lane:
+  // matrices 2i and 2i + 1 are 16 rows, of which lane t gets 4t, 4t + 1 from one of them and the
+  // next two from the other. Half of the lanes have them the other way round, and so eight rows
+  // never share banks.
+  __device__ static int CodesRow(int lane) {
+    const int row = lane % 8;
+    return lane / 16 * 16 + row / 2 * 4 + row % 2 + 2 * (lane / 8 % 2 ^ row / 4);
+  }
+
+  // codes[h][i]: half a word in rows 32 h + 8 i + 2t and the next, or those of CodesRow.
   __device__ void LoadCodes(int stage, uint32_t (&codes)[Tile::kDepth / 32][4]) const {
 #pragma unroll
     for (int h = 0; h < Tile::kDepth / 32; ++h) {

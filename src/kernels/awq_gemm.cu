@@ -1,5 +1,7 @@
 // Dispatch of awq_gemm to its kernels, and the sum over splits that met in the workspace.
 
+#include <cuda_fp8.h>
+
 #include "kernels/awq_gemm_launch.cuh"
 
 namespace jax_awq {
@@ -47,6 +49,10 @@ const char* LaunchAwqGemm(const AwqGemmProblem& p, const AwqGemmPlan& plan,
   cudaError_t error;
   if (plan.kernel == AwqGemmKernel::kSimt) {
     error = LaunchAwqGemmSimt(p, plan, buffers, stream);
+  } else if (p.x_dtype == DType::kS8) {
+    error = LaunchAwqGemmTma<int8_t>(p, plan, buffers, stream);
+  } else if (p.x_dtype == DType::kE4M3) {
+    error = LaunchAwqGemmTma<__nv_fp8_e4m3>(p, plan, buffers, stream);
   } else if (p.x_dtype == DType::kF16) {
     error = LaunchTensorCores<__half>(p, plan, buffers, stream);
   } else {

@@ -13,7 +13,7 @@ namespace jax_awq {
 // sums of x over chunks of so many indices of K.
 constexpr int64_t kSumChunk = 128;
 // bfloat16 entries of a row of those sums: four for each chunk, and a multiple of 16 bytes.
-constexpr int64_t ChunkSumColumns(int64_t k) {
+JAX_AWQ_HOST_DEVICE constexpr int64_t ChunkSumColumns(int64_t k) {
   return (k + 2 * kSumChunk - 1) / (2 * kSumChunk) * 8;
 }
 

@@ -73,6 +73,7 @@ __device__ __forceinline__ EpilogueParams MakeEpilogue(const AwqGemmParams& p, i
   e.bias = buf.bias
                ? static_cast<const char*>(buf.bias) + b * buf.bias_stride * SizeOf(buf.bias_dtype)
                : nullptr;
+  e.row_scale = buf.row_scale ? buf.row_scale + b * buf.row_scale_stride : nullptr;
   e.partials =
       p.splits > 1 && !p.cluster ? static_cast<float*>(buf.workspace) + b * p.size() : nullptr;
   e.m = p.m;

@@ -30,6 +30,10 @@ struct Variant {
   const char* (*unsupported)(const AwqGemmProblem&, const Device&);
 };
 
+bool IsCodes(const AwqGemmProblem& p) {
+  return p.x_dtype == DType::kS8 || p.x_dtype == DType::kE4M3;
+}
+
 const char* AnyKernelUnsupported(const AwqGemmProblem& p, const Device& device) {
   if (device.arch == 0) return "this build has no code for the GPU's architecture";
   if (p.x_dtype == DType::kF32) return "x is float32";
@@ -43,6 +47,7 @@ const char* AnyKernelUnsupported(const AwqGemmProblem& p, const Device& device) 
 
 const char* TensorCoreUnsupported(const AwqGemmProblem& p, const Device& device) {
   if (const char* why = AnyKernelUnsupported(p, device)) return why;
+  if (IsCodes(p)) return "x is codes of one byte";
   if (device.arch < 80) return "needs compute capability 8.0";
   if (p.contraction() % 8) return "rows of x are not 16-byte aligned";
   // Rounding a bfloat16 scale to float16 first would round subnormal products twice.
@@ -91,12 +96,30 @@ const char* StreamUnsupported(const AwqGemmProblem& p, const Device& device) {
   return nullptr;
 }
 
+// Codes of one byte are multiplied with codes, and sums of groups with their scales: below 128 rows
+// to a group that takes longer than the tensor cores save.
+const char* CodesUnsupported(const AwqGemmProblem& p, const Device& device) {
+  constexpr int64_t kMaxDepth = 1 << 17;  // of a sum in 32 bits: 2^31 / (127 * 128)
+  if (const char* why = AnyKernelUnsupported(p, device)) return why;
+  if (!IsCodes(p)) return "x is not codes of one byte";
+  if (device.arch != 90 || !kHasSm90a) return "needs code for sm_90a";
+  if (p.layout != Layout::kGemm || p.transpose) return "weight is not packed along the outputs";
+  if (p.n % 32) return "rows of qweight are not 16-byte aligned";
+  if (p.k % 16) return "rows of x are not 16-byte aligned";
+  if (p.group_size != 128 && p.group_size != p.k) return "group_size is below 128";
+  if (p.k > kMaxDepth) return "K exceeds 131072";
+  if (std::max(p.m, p.n) > INT32_MAX) return "a dimension exceeds 32 bits";
+  return nullptr;
+}
+
 const char* SimtUnsupported(const AwqGemmProblem& p, const Device& device) {
-  return AnyKernelUnsupported(p, device);
+  if (const char* why = AnyKernelUnsupported(p, device)) return why;
+  return IsCodes(p) ? "x is codes of one byte" : nullptr;
 }
 
 const char* DequantizeDotUnsupported(const AwqGemmProblem& p, const Device& device) {
   if (const char* why = AnyKernelUnsupported(p, device)) return why;
+  if (IsCodes(p)) return "x is codes of one byte";
   if (p.fused_only) return "only a fused kernel was asked for";
   if (p.m == 0) return "the number of rows is not known when the program is lowered";
   if (p.split_k > 0) return "split_k_iters asks for a fused kernel";
@@ -117,6 +140,9 @@ constexpr Variant kVariants[] = {
     {"stream_128x128", AwqGemmKernel::kTma, 128, 128, 64, 1, false, 0.39, StreamUnsupported},
     {"stream_128x256", AwqGemmKernel::kTma, 128, 256, 64, 1, false, 0.68, StreamUnsupported},
     {"stream_256x128", AwqGemmKernel::kTma, 256, 128, 64, 1, false, 0.67, StreamUnsupported},
+    {"w4a8_32x256", AwqGemmKernel::kTma, 32, 256, 128, 1, true, 0.36, CodesUnsupported},
+    {"w4a8_64x256", AwqGemmKernel::kTma, 64, 256, 128, 1, true, 0.40, CodesUnsupported},
+    {"w4a8_128x128", AwqGemmKernel::kTma, 128, 128, 128, 1, true, 0.25, CodesUnsupported},
     {"wgmma_16", AwqGemmKernel::kWgmma, 16, 256, 64, 2, true, 0, WgmmaUnsupported},
     {"wgmma_32", AwqGemmKernel::kWgmma, 32, 256, 64, 1, true, 0, WgmmaUnsupported},
     {"wgmma_64", AwqGemmKernel::kWgmma, 64, 256, 64, 1, true, 0, WgmmaUnsupported},
@@ -234,6 +260,10 @@ const char* ChooseTma(const AwqGemmProblem& p, const Device& device) {
 const char* Choose(const AwqGemmProblem& p, const Device& device) {
   const int64_t m = p.m == 0 ? 1 : p.m;
   const bool decode_8 = p.m > 0 && !Decode8Unsupported(p, device);
+  if (IsCodes(p)) {
+    if (CodesUnsupported(p, device)) return "reference";
+    return p.m == 0 ? "w4a8_64x256" : ChooseTma(p, device);
+  }
   if (!TmaUnsupported(p, device)) {
     if (p.m == 0) return "tma_64x256";
     // Without a pipeline to fill the decode kernel is done first where there is little to read.

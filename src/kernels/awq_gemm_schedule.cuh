@@ -55,10 +55,11 @@ struct StreamK {
 // What a CTA works on, one item after the other: a tile, and which steps of its sum.
 class TmaWork {
  public:
-  __device__ TmaWork(int splits, unsigned tiles, unsigned steps, bool stream_k)
+  // `ctas` work on a tile, or on as many side by side where its sum is not split.
+  __device__ TmaWork(int ctas, int splits, unsigned tiles, unsigned steps, bool stream_k)
       : steps_(steps),
-        next_(blockIdx.x / splits),
-        stride_(gridDim.x / splits),
+        next_(blockIdx.x / ctas),
+        stride_(gridDim.x / ctas),
         whole_(tiles),
         share_(steps, blockIdx.x % splits, splits),
         tail_(0, 0, 1) {

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "device/consumer_codes.cuh"
 #include "device/consumer_mma.cuh"
 #include "device/consumer_wgmma.cuh"
 #include "device/epilogue.cuh"
@@ -19,8 +20,10 @@ namespace jax_awq {
 
 struct AwqGemmTmaParams {
   CUtensorMap x, words, scales, zeros;
+  CUtensorMap sums, sum_scales, sum_zeros;  // of the chunks of x, where x is codes
   AwqGemmParams p;
-  int x_rows;                 // of a box of x: no more than there are
+  int x_rows;                 // of a box of x, of which each member has one: no more than there are
+  int members;                // CTAs side by side that share their rows of x
   int group_rows;             // of a box of scales or zeros
   int batch_x, batch_weight;  // 1 where every batch entry has its own, 0 where all share one
   bool exchange;              // results pass through shared memory: splits meet, or activation
@@ -28,13 +31,18 @@ struct AwqGemmTmaParams {
 };
 
 template <typename T, typename S, int kTokens, int kTiles>
-__global__ void __launch_bounds__(TmaTile<kTokens, kTiles>::kThreads, 1)
+using TmaConsumer =
+    std::conditional_t<sizeof(T) == 1, CodesConsumer<T, kTokens, kTiles>,
+                       std::conditional_t<kTokens <= 16, MmaConsumer<T, S, kTokens, kTiles>,
+                                          WgmmaConsumer<T, S, kTokens, kTiles>>>;
+
+template <typename T, typename S, int kTokens, int kTiles>
+__global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads, 1)
     AwqGemmTmaKernel(const __grid_constant__ AwqGemmTmaParams params) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using Tile = TmaTile<kTokens, kTiles>;
-  using Lane = TmaLane<kTokens, kTiles>;
-  using Consumer = std::conditional_t<Tile::kMma, MmaConsumer<T, S, kTokens, kTiles>,
-                                      WgmmaConsumer<T, S, kTokens, kTiles>>;
+  using Tile = TmaTile<kTokens, kTiles, sizeof(T)>;
+  using Lane = TmaLane<Tile>;
+  using Consumer = TmaConsumer<T, S, kTokens, kTiles>;
   const AwqGemmParams& p = params.p;
   extern __shared__ char unaligned[];
   const uint32_t shared =
@@ -42,8 +50,10 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles>::kThreads, 1)
 
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // known to be uniform
   const unsigned split = blockIdx.x % p.splits;
-  const TmaTileOrder order(p, kTokens, Tile::kOutputs);
-  TmaWork work(p.splits, order.count,
+  const unsigned members = Tile::kCodes ? params.members : 1;
+  const unsigned member = blockIdx.x % members;
+  const TmaTileOrder order(p, kTokens, Tile::kOutputs * members);
+  TmaWork work(p.splits * members, p.splits, order.count,
                static_cast<unsigned>(p.contraction + Tile::kDepth - 1) / Tile::kDepth,
                !Tile::kMma && params.stream_k);
   const int group_shift = p.buffers.weight.group_shift;
@@ -56,18 +66,25 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles>::kThreads, 1)
   if (threadIdx.x == 32 * Tile::kConsumerWarps) {
     for (int s = 0; s < Tile::kStages; ++s) {
       BarrierInit(Tile::Full(shared, s), 1);
-      BarrierInit(Tile::Empty(shared, s), Tile::kTeamWarps);
+      BarrierInit(Tile::Empty(shared, s), Tile::kTeamWarps * members);
     }
     BarrierInitFence();
   }
   __syncthreads();
+  if (members > 1) {  // the fence above is release enough for barriers
+    ClusterArriveRelaxed();
+    ClusterWait();
+  }
 
   if (warp >= Tile::kConsumerWarps) {
     if constexpr (Tile::kMoveRegisters) ReleaseRegisters<40>();
     if (warp != Tile::kConsumerWarps) return;
     const int group_rows = params.group_rows;
-    const uint32_t bytes = params.x_rows * Tile::kDepth * 2 + Tile::kWordBytes +
+    const uint32_t x_bytes = params.x_rows * members * Tile::kDepth * sizeof(T);
+    const uint32_t bytes = x_bytes + Tile::kWordBytes +
                            group_rows * (Tile::kOutputs * 2 + (has_zeros ? Tile::kOutputs / 2 : 0));
+    const uint32_t sum_bytes = x_bytes + (has_zeros ? Tile::kSumWordBytes : Tile::kSumZerosAt);
+    const int own_rows = member * params.x_rows;  // where this member's rows of x begin
     StageCounter<Tile::kStages> at;
     for (unsigned item = 0; item < work.items; ++item) {
       work.Next();
@@ -75,27 +92,64 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles>::kThreads, 1)
       order.Find(work.tile, &batch, &row, &column);
       const int x_batch = batch * params.batch_x;
       const int weight_batch = batch * params.batch_weight;
-      const int token0 = row * kTokens;
-      const int output0 = column * Tile::kOutputs;
-      for (int i = 0; i < work.share.count; ++i) {
-        const int depth = (work.share.first + i) * Tile::kDepth;
+      const int token0 = row * kTokens + own_rows;
+      const int output0 = (column * members + member) * Tile::kOutputs;
+      const int first = work.share.first;
+      int sum_stages = 0;
+      if constexpr (Tile::kCodes) sum_stages = Consumer::SumStages(work.share, has_zeros);
+      // What is of the weight, and announces the whole stage; and what is of x.
+      const auto copy_weight = [&](int stage, int i) {
+        const uint32_t barrier = Tile::Full(shared, stage);
+        const uint32_t words = Tile::Words(shared, stage);
+        if (Tile::kCodes && i < 0) {
+          const int group = (first + (i + sum_stages) * Tile::kSumChunks) >> (group_shift - 7);
+          BarrierArriveExpecting(barrier, sum_bytes);
+          CopyBox(words, &params.sum_scales, output0, group, weight_batch, barrier);
+          if (has_zeros) {
+            CopyBox(words + Tile::kSumZerosAt, &params.sum_zeros, output0 / 8, group, weight_batch,
+                    barrier);
+          }
+          return;
+        }
+        const int depth = (first + i) * Tile::kDepth;
+        BarrierArriveExpecting(barrier, bytes);
+        CopyBox(words, &params.words, output0 / 8, depth, weight_batch, barrier);
+        CopyBox(Tile::Scales(shared, stage), &params.scales, output0, depth >> group_shift,
+                weight_batch, barrier);
+        if (has_zeros && !Tile::kCodes) {
+          CopyBox(Tile::Zeros(shared, stage), &params.zeros, output0 / 8, depth >> group_shift,
+                  weight_batch, barrier);
+        }
+      };
+      const auto copy_x = [&](int stage, int i) {
+        const uint32_t barrier = Tile::Full(shared, stage);
+        const bool sums = Tile::kCodes && i < 0;
+        const void* map = sums ? &params.sums : &params.x;
+        const int depth =
+            sums ? 4 * (first + (i + sum_stages) * Tile::kSumChunks) : (first + i) * Tile::kDepth;
+#pragma unroll
+        for (int part = 0; part < Tile::kParts; ++part) {
+          const uint32_t to = Tile::X(shared, stage) + part * kTokens * 128 + own_rows * 128;
+          const int from = depth + part * Tile::kPartDepth;
+          if (members == 1) {
+            CopyBox(to, map, from, token0, x_batch, barrier);
+          } else {
+            CopyBoxToMembers(to, map, from, token0, x_batch, barrier, 3);
+          }
+        }
+      };
+      int begun = -sum_stages;
+      if (p.buffers.overlap && item == 0) {  // the weight comes while x is still written
+        for (int stage = 0; stage < Tile::kStages && begun < work.share.count; ++stage, ++begun) {
+          if (ElectOne()) copy_weight(stage, begun);
+        }
+        WaitForKernelBefore();
+      }
+      for (int i = -sum_stages; i < work.share.count; ++i) {
         BarrierWait(Tile::Empty(shared, at.stage), at.phase ^ 1);
         if (ElectOne()) {
-          const uint32_t barrier = Tile::Full(shared, at.stage);
-          BarrierArriveExpecting(barrier, bytes);
-          CopyBox(Tile::Words(shared, at.stage), &params.words, output0 / 8, depth, weight_batch,
-                  barrier);
-#pragma unroll
-          for (int part = 0; part < Tile::kDepth / 64; ++part) {
-            CopyBox(Tile::X(shared, at.stage) + part * kTokens * 128, &params.x, depth + 64 * part,
-                    token0, x_batch, barrier);
-          }
-          CopyBox(Tile::Scales(shared, at.stage), &params.scales, output0, depth >> group_shift,
-                  weight_batch, barrier);
-          if (has_zeros) {
-            CopyBox(Tile::Zeros(shared, at.stage), &params.zeros, output0 / 8, depth >> group_shift,
-                    weight_batch, barrier);
-          }
+          if (i >= begun) copy_weight(at.stage, i);
+          copy_x(at.stage, i);
         }
         __syncwarp();
         at.Advance();
@@ -108,7 +162,13 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles>::kThreads, 1)
   const int lane = threadIdx.x % 32;
   const int g = lane / 4;
   const int t = lane % 4;
-  Consumer consumer(shared, group_shift, has_zeros);
+  Consumer consumer = [&] {
+    if constexpr (Tile::kCodes) {
+      return Consumer(shared, group_shift, has_zeros, p.scales_are_bf16, members);
+    } else {
+      return Consumer(shared, group_shift, has_zeros);
+    }
+  }();
   const unsigned items = Tile::kMma ? 1 : work.items;  // few rows are one tile a CTA
 #pragma unroll 1
   for (unsigned item = 0; item < items; ++item) {
@@ -136,7 +196,7 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles>::kThreads, 1)
     }
     EpilogueParams epilogue = MakeEpilogue(p, batch);
     if (epilogue.partials) epilogue.WriteOnly(split * p.batch * p.size());
-    const int64_t output0 = static_cast<int64_t>(column) * Tile::kOutputs;
+    const int64_t output0 = (static_cast<int64_t>(column) * members + member) * Tile::kOutputs;
     const int64_t token = static_cast<int64_t>(row) * kTokens + 2 * t + g % 2;
     if (!params.exchange) {
       const HalfWord<kTiles> half(epilogue, output0 + 8 * consumer.lane.word, consumer.lane.byte,
@@ -223,11 +283,15 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles>::kThreads, 1)
         half.template Store<true>(epilogue, v, token + unit / (kWarpUnits * Tile::kTeamWarps) * 8);
       }
     }
-    if (p.cluster) {  // nobody leaves while others read its memory
+    if (p.cluster || members > 1) {  // nobody leaves while others read its memory, or arrive at it
       ClusterArriveRelaxed();
       ClusterWait();
     }
     return;  // one tile a CTA
+  }
+  if (members > 1) {
+    ClusterArriveRelaxed();
+    ClusterWait();
   }
 #endif
 }
@@ -235,11 +299,11 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles>::kThreads, 1)
 // Adds the parts of each tile of the tail, and finishes it. A CTA has eight tokens of a tile, its
 // warps what warps of the kernel before had of them.
 template <int kTokens, int kTiles>
-__global__ void __launch_bounds__(32 * TmaTile<kTokens, kTiles>::kTeamWarps)
+__global__ void __launch_bounds__(32 * TmaTile<kTokens, kTiles, 2>::kTeamWarps)
     FinishTailKernel(const __grid_constant__ AwqGemmParams p, unsigned steps, unsigned ctas) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using Tile = TmaTile<kTokens, kTiles>;
-  using Lane = TmaLane<kTokens, kTiles>;
+  using Tile = TmaTile<kTokens, kTiles, 2>;
+  using Lane = TmaLane<Tile>;
   constexpr int kBlocks = kTokens / 8;
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
@@ -281,53 +345,71 @@ __global__ void __launch_bounds__(32 * TmaTile<kTokens, kTiles>::kTeamWarps)
 
 template <typename T, typename S, int kTokens, int kTiles>
 cudaError_t LaunchTmaTile(const AwqGemmPlan& plan, const AwqGemmParams& p, cudaStream_t stream) {
-  using Tile = TmaTile<kTokens, kTiles>;
+  using Tile = TmaTile<kTokens, kTiles, sizeof(T)>;
   const TensorMaps* maps = TensorMaps::Get();
   if (maps == nullptr) return cudaErrorNotSupported;
   const AwqWeight& w = p.buffers.weight;
+  const int64_t columns = (p.outputs + Tile::kOutputs - 1) / Tile::kOutputs;
   AwqGemmTmaParams params = {};
   params.p = p;
-  params.x_rows = static_cast<int>(std::min<int64_t>(kTokens, (p.m + 7) / 8 * 8));
+  // Codes come so fast that x has to be read once for two CTAs.
+  params.members = Tile::kCodes && kTokens >= 128 && p.splits == 1 && columns > 1 ? 2 : 1;
+  const int64_t step = 8 * params.members;
+  params.x_rows =
+      static_cast<int>(std::min<int64_t>(kTokens, (p.m + step - 1) / step * step)) / params.members;
   params.batch_x = p.buffers.x_stride != 0;
   params.batch_weight = w.qweight_stride != 0;
   params.stream_k = plan.stream_k;
   params.exchange = p.cluster || Tile::kTeams > 1 || p.buffers.activation != Activation::kNone;
-  const CUtensorMapDataType type = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                                             : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const CUtensorMapDataType type = sizeof(T) == 1              ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+                                   : std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                               : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const int64_t x_batch = params.batch_x ? p.batch : 1;
   const int64_t weight_batch = params.batch_weight ? p.batch : 1;
   const int64_t groups = w.group_shift == kSingleGroup ? 1 : (w.k >> w.group_shift);
   params.group_rows = std::max(1, Tile::kDepth >> w.group_shift);
-  const bool encoded =
-      maps->Encode(&params.x, type, 2, p.buffers.x, w.k, p.m, x_batch, 64, params.x_rows,
-                   CU_TENSOR_MAP_SWIZZLE_128B) &&
+  const auto encode_groups = [&](CUtensorMap* scales, CUtensorMap* zeros, int rows) {
+    return maps->Encode(scales, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, w.scales, w.n, groups,
+                        weight_batch, Tile::kOutputs, rows, CU_TENSOR_MAP_SWIZZLE_NONE) &&
+           (w.qzeros == nullptr ||
+            maps->Encode(zeros, CU_TENSOR_MAP_DATA_TYPE_INT32, 4, w.qzeros, w.n / 8, groups,
+                         weight_batch, Tile::kOutputs / 8, rows, CU_TENSOR_MAP_SWIZZLE_NONE));
+  };
+  bool encoded =
+      maps->Encode(&params.x, type, sizeof(T), p.buffers.x, w.k, p.m, x_batch, Tile::kPartDepth,
+                   params.x_rows, CU_TENSOR_MAP_SWIZZLE_128B) &&
       maps->Encode(&params.words, CU_TENSOR_MAP_DATA_TYPE_INT32, 4, w.qweight, w.n / 8, w.k,
                    weight_batch, Tile::kOutputs / 8, Tile::kDepth,
                    kTiles == 2 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B) &&
-      maps->Encode(&params.scales, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, w.scales, w.n, groups,
-                   weight_batch, Tile::kOutputs, params.group_rows, CU_TENSOR_MAP_SWIZZLE_NONE) &&
-      (w.qzeros == nullptr ||
-       maps->Encode(&params.zeros, CU_TENSOR_MAP_DATA_TYPE_INT32, 4, w.qzeros, w.n / 8, groups,
-                    weight_batch, Tile::kOutputs / 8, params.group_rows,
-                    CU_TENSOR_MAP_SWIZZLE_NONE));
+      encode_groups(&params.scales, &params.zeros, params.group_rows);
+  if (Tile::kCodes && encoded) {
+    encoded = maps->Encode(&params.sums, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, p.buffers.chunk_sums,
+                           ChunkSumColumns(w.k), p.m, x_batch, 64, params.x_rows,
+                           CU_TENSOR_MAP_SWIZZLE_128B) &&
+              encode_groups(&params.sum_scales, &params.sum_zeros, Tile::kSumChunks);
+  }
   if (!encoded) return cudaErrorInvalidValue;
 
   const int64_t tiles =
-      (p.m + kTokens - 1) / kTokens * ((p.outputs + Tile::kOutputs - 1) / Tile::kOutputs) * p.batch;
+      (p.m + kTokens - 1) / kTokens * ((columns + params.members - 1) / params.members) * p.batch;
   const bool persistent = p.splits == 1 && !params.exchange;
-  const int64_t resident = plan.resident_ctas;
+  const int64_t resident = plan.resident_ctas / params.members;
   const int64_t ctas = plan.stream_k ? resident
                        : persistent  ? std::min(tiles, resident)
                                      : tiles * p.splits;
-  const cudaError_t error =
-      LaunchClusters(AwqGemmTmaKernel<T, S, kTokens, kTiles>, params, p.cluster_size(),
-                     dim3(static_cast<unsigned>(ctas)), Tile::kThreads, Tile::kSharedBytes, stream);
-  if (error != cudaSuccess || !plan.stream_k || tiles % resident == 0) return error;
-  FinishTailKernel<kTokens, kTiles>
-      <<<static_cast<unsigned>(tiles % resident * (kTokens / 8)), 32 * Tile::kTeamWarps, 0,
-         stream>>>(p, static_cast<unsigned>((p.contraction + Tile::kDepth - 1) / Tile::kDepth),
-                   static_cast<unsigned>(resident));
-  return cudaGetLastError();
+  const cudaError_t error = LaunchClusters(
+      AwqGemmTmaKernel<T, S, kTokens, kTiles>, params, p.cluster_size() * params.members,
+      dim3(static_cast<unsigned>(ctas * params.members)), Tile::kThreads, Tile::kSharedBytes,
+      stream, p.buffers.overlap);
+  if constexpr (!Tile::kCodes) {
+    if (error != cudaSuccess || !plan.stream_k || tiles % resident == 0) return error;
+    FinishTailKernel<kTokens, kTiles>
+        <<<static_cast<unsigned>(tiles % resident * (kTokens / 8)), 32 * Tile::kTeamWarps, 0,
+           stream>>>(p, static_cast<unsigned>((p.contraction + Tile::kDepth - 1) / Tile::kDepth),
+                     static_cast<unsigned>(resident));
+    return cudaGetLastError();
+  }
+  return error;
 }
 
 template <typename T, typename S>
@@ -353,13 +435,31 @@ cudaError_t LaunchTmaTiles(const AwqGemmPlan& plan, const AwqGemmParams& p, cuda
 }
 
 template <typename T>
+cudaError_t LaunchCodesTiles(const AwqGemmPlan& plan, const AwqGemmParams& p, cudaStream_t stream) {
+  switch (plan.tile_tokens * 1000 + plan.tile_outputs) {
+    case 32256:
+      return LaunchTmaTile<T, T, 32, 2>(plan, p, stream);
+    case 64256:
+      return LaunchTmaTile<T, T, 64, 2>(plan, p, stream);
+    case 128128:
+      return LaunchTmaTile<T, T, 128, 1>(plan, p, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+template <typename T>
 cudaError_t LaunchAwqGemmTma(const AwqGemmProblem& p, const AwqGemmPlan& plan,
                              const AwqGemmBuffers& buffers, cudaStream_t stream) {
   const AwqGemmParams params = MakeParams(p, plan, buffers);
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    if (p.scales_dtype == DType::kF16) return LaunchTmaTiles<T, __half>(plan, params, stream);
+  if constexpr (sizeof(T) == 1) {
+    return LaunchCodesTiles<T>(plan, params, stream);
+  } else {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+      if (p.scales_dtype == DType::kF16) return LaunchTmaTiles<T, __half>(plan, params, stream);
+    }
+    return LaunchTmaTiles<T, T>(plan, params, stream);
   }
-  return LaunchTmaTiles<T, T>(plan, params, stream);
 }
 
 }  // namespace jax_awq

@@ -1,0 +1,7 @@
+// The TMA kernel where x is codes, in its own translation unit per dtype.
+#include "kernels/awq_gemm_tma.cuh"
+
+namespace jax_awq {
+template cudaError_t LaunchAwqGemmTma<__nv_fp8_e4m3>(const AwqGemmProblem&, const AwqGemmPlan&,
+                                                     const AwqGemmBuffers&, cudaStream_t);
+}  // namespace jax_awq
