@@ -49,20 +49,29 @@ class CodesConsumer {
 
  public:
   __device__ CodesConsumer(uint32_t shared, int group_shift, bool has_zeros, bool bf16_scales,
-                           int members)
+                           int first_rank, int members)
       : lane(shared, has_zeros),
         shared_(shared),
         single_(group_shift == kSingleGroup),
         bf16_scales_(bf16_scales),
+        first_rank_(first_rank),
         members_(members) {
     const bool swapped = threadIdx.x % 4 >= 2;
+    if (threadIdx.x / 128 == 1) NamedBarrierArrive<256>(kTurn);  // the first turn
     selector_ = KeepInRegister((swapped ? 0x2064 : 0x6420) + 0x1111 * lane.byte);
   }
 
-  // Of the steps in `share`, from whose sums zero points are subtracted.
+  // The chunks of the steps in `share`, from an even one on: two of them are the 16 bytes that a
+  // copy has to start at.
+  __device__ static Share SumShare(Share share) {
+    share.count += share.first % 2;
+    share.first -= share.first % 2;
+    return share;
+  }
+  // How many stages they take.
   __device__ static int SumStages(const Share& share, bool has_zeros) {
-    return has_zeros || Codes::kZero == 0 ? (share.count + Tile::kSumChunks - 1) / Tile::kSumChunks
-                                          : 0;
+    const int chunks = SumShare(share).count;
+    return has_zeros || Codes::kZero == 0 ? (chunks + Tile::kSumChunks - 1) / Tile::kSumChunks : 0;
   }
 
   // As WgmmaConsumer's.
@@ -75,8 +84,68 @@ class CodesConsumer {
       PinRegisters(acc[j]);
     }
     SubtractZeroPoints(share, acc);
-    SumOf<T> sums[kTiles][kTokens / 2];
+    if (single_) {
+      AccumulateSingle(share, acc);
+    } else {
+      AccumulateGroups(share, acc);
+    }
+  }
+
+  const TmaLane<Tile> lane;
+
+ private:
+  using Sums = SumOf<T>[kTiles][kTokens / 2];
+
+  // A step is a group. Its sums occupy the tensor cores for as long as it takes to scale them, so
+  // warpgroups take turns: one multiplies while the other scales.
+  __device__ __forceinline__ void AccumulateGroups(const Share& share,
+                                                   float (&acc)[kTiles][kTokens / 2]) {
+    const int warpgroup = threadIdx.x / 128;
+    Sums sums;
+    uint32_t codes[4][4];
+    BarrierWait(Tile::Full(shared_, at_.stage), at_.phase);
+    lane.LoadCodes(at_.stage, codes);
+#pragma unroll 1
+    for (int i = 0; i < share.count; ++i) {
+      const int stage = at_.stage;
+      float scales[2 * kTiles];
+      LoadScales(stage, scales);
+      uint32_t a[4][kTiles][4];
+#pragma unroll
+      for (int s = 0; s < 4; ++s) Get(codes[s], a[s]);
+      NamedBarrierSync<256>(kTurn + warpgroup);
+      WgmmaFence();
+#pragma unroll
+      for (int s = 0; s < 4; ++s) {
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) {
+          WgmmaBytes<T, kTokens>(sums[j], a[s][j], XTile(stage) + 2 * s, s > 0);
+        }
+        WgmmaCommit();
+      }
+      // The next stage, or once more this one where there is none.
+      if (i + 1 < share.count) at_.Advance();
+      BarrierWait(Tile::Full(shared_, at_.stage), at_.phase);
+      lane.LoadCodes(at_.stage, codes);
+      // With what is issued, the other's would be mixed in, and both would scale at once.
+      WgmmaWait<1>();
+      NamedBarrierArrive<256>(kTurn + 1 - warpgroup);
+      WgmmaWait<0>();
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) PinRegisters(sums[j]);
+      Release(stage);
+      AddScaled(sums, scales, acc);
+    }
+    at_.Advance();
+  }
+
+  // All steps are one group.
+  __device__ __forceinline__ void AccumulateSingle(const Share& share,
+                                                   float (&acc)[kTiles][kTokens / 2]) {
+    Sums sums;
     float scales[2 * kTiles];
+    uint32_t a[2][kTiles][4];
+    int previous = -1;
 #pragma unroll 1
     for (int i = 0; i < share.count; ++i) {
       const int stage = at_.stage;
@@ -84,57 +153,70 @@ class CodesConsumer {
       uint32_t codes[4][4];
       lane.LoadCodes(stage, codes);
       LoadScales(stage, scales);
-      const uint64_t x = SwizzledRows(Tile::X(shared_, 0)) + (stage * Tile::kXBytes >> 4);
-      uint32_t a[4][kTiles][4];
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
-#pragma unroll
-        for (int j = 0; j < kTiles; ++j) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const uint32_t bytes =
-                SelectBytes(codes[s][2 * half], codes[s][2 * half + 1], selector_ + 0x1111 * j);
-            a[s][j][2 * half] = Codes::Low(bytes);
-            a[s][j][2 * half + 1] = Codes::High(bytes);
-          }
-          PinRegisters(a[s][j]);  // or they are made behind the fence
-        }
+        // All but the newest are done: these registers are free again.
+        WgmmaWait<1>();
+        if (s == 1 && previous >= 0) Release(previous);
+        Get(codes[s], a[s % 2]);
         WgmmaFence();
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
-          WgmmaBytes<T, kTokens>(sums[j], a[s][j], x + 2 * s, s > 0 || (single_ && i > 0));
+          WgmmaBytes<T, kTokens>(sums[j], a[s % 2][j], XTile(stage) + 2 * s, s > 0 || i > 0);
         }
         WgmmaCommit();
       }
-      WgmmaWait<0>();
-#pragma unroll
-      for (int j = 0; j < kTiles; ++j) PinRegisters(sums[j]);
-      Release(stage);
+      previous = stage;
       at_.Advance();
-      if (single_ && i + 1 < share.count) continue;
+    }
+    WgmmaWait<0>();
 #pragma unroll
-      for (int j = 0; j < kTiles; ++j) {
+    for (int j = 0; j < kTiles; ++j) PinRegisters(sums[j]);
+    Release(previous);
+    AddScaled(sums, scales, acc);
+  }
+
+  __device__ __forceinline__ static void AddScaled(const Sums& sums,
+                                                   const float (&scales)[2 * kTiles],
+                                                   float (&acc)[kTiles][kTokens / 2]) {
 #pragma unroll
-        for (int k = 0; k < kTokens / 2; ++k) {
-          acc[j][k] = fmaf(static_cast<float>(sums[j][k]), scales[2 * j + k / 2 % 2], acc[j][k]);
-        }
+    for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+      for (int i = 0; i < kTokens / 2; ++i) {
+        acc[j][i] = fmaf(static_cast<float>(sums[j][i]), scales[2 * j + i / 2 % 2], acc[j][i]);
       }
     }
   }
 
-  const TmaLane<Tile> lane;
+  // Fragments of 32 rows of codes.
+  __device__ __forceinline__ void Get(const uint32_t (&codes)[4], uint32_t (&a)[kTiles][4]) const {
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t bytes =
+            SelectBytes(codes[2 * half], codes[2 * half + 1], selector_ + 0x1111 * j);
+        a[j][2 * half] = Codes::Low(bytes);
+        a[j][2 * half + 1] = Codes::High(bytes);
+      }
+      PinRegisters(a[j]);  // or they are made behind the fence
+    }
+  }
 
- private:
+  __device__ uint64_t XTile(int stage) const {  // descriptors count 16 bytes
+    return SwizzledRows(Tile::X(shared_, 0)) + (stage * Tile::kXBytes >> 4);
+  }
+
   // acc = -sum of z * s * (sum of x), over the chunks of `share`.
   __device__ __forceinline__ void SubtractZeroPoints(const Share& share,
                                                      float (&acc)[kTiles][kTokens / 2]) {
     const int stages = SumStages(share, lane.has_zeros);
+    const Share chunks = SumShare(share);
     const int t = threadIdx.x % 4;
 #pragma unroll 1
     for (int i = 0; i < stages; ++i) {
       const int stage = at_.stage;
       BarrierWait(Tile::Full(shared_, stage), at_.phase);
-      const uint64_t x = SwizzledRows(Tile::X(shared_, 0)) + (stage * Tile::kXBytes >> 4);
       uint32_t a[4][kTiles][4];
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
@@ -143,7 +225,8 @@ class CodesConsumer {
           // Of the four entries of a chunk, high, low, high, low, two lanes have two each: the
           // first multiplies them with the high part of z * s, the second with the low.
           const int chunk = 4 * s + 2 * half + t / 2;
-          const bool valid = Tile::kSumChunks * i + chunk < share.count;
+          const int at = chunks.first + Tile::kSumChunks * i + chunk;
+          const bool valid = at >= share.first && at < share.first + share.count;
           float products[2 * kTiles];
           LoadZeroPoints(stage, single_ ? 0 : chunk, products);
 #pragma unroll
@@ -162,7 +245,7 @@ class CodesConsumer {
       for (int s = 0; s < 4; ++s) {
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
-          Wgmma<__nv_bfloat16, kTokens>(acc[j], a[s][j], x + 2 * s);
+          Wgmma<__nv_bfloat16, kTokens>(acc[j], a[s][j], XTile(stage) + 2 * s);
         }
       }
       WgmmaCommit();
@@ -208,12 +291,13 @@ class CodesConsumer {
   // instruction: with branches here ptxas serializes the wgmmas.
   __device__ void Release(int stage) const {
     const int l = threadIdx.x % 32;
-    if (l < members_) BarrierArriveAt(Tile::Empty(shared_, stage), l);
+    if (l < members_) BarrierArriveAt(Tile::Empty(shared_, stage), first_rank_ + l);
   }
 
+  static constexpr int kTurn = 2;  // named barriers of the warpgroups
   const uint32_t shared_;
   const bool single_, bf16_scales_;
-  const int members_;
+  const int first_rank_, members_;  // in the cluster, of those that share x
   uint32_t selector_;
   StageCounter<Tile::kStages> at_;
 };

@@ -68,11 +68,9 @@ struct Share {
 };
 
 struct EpilogueParams {
-  void* y;           // this batch entry's (M, outputs)
-  const void* bias;  // this batch entry's (outputs), or nullptr
-  // This batch entry's (M), or nullptr; maybe written by a kernel that this one overlaps, so not to
-  // be read before anything else of it.
-  const float* row_scale;
+  void* y;                 // this batch entry's (M, outputs)
+  const void* bias;        // this batch entry's (outputs), or nullptr
+  const float* row_scale;  // this batch entry's (M), or nullptr: 1
   float* partials;  // (splits, batch, M, outputs); nullptr unless splits meet in the workspace
   int64_t m;
   int64_t outputs;
@@ -219,6 +217,32 @@ struct Exchange {
   unsigned own;  // units of this member
 };
 
+// Scales of the rows of a tile, on their way while it is computed: a lane has those of tokens lane,
+// lane + 32, ...
+template <int kTokens>
+class RowScales {
+ public:
+  __device__ __forceinline__ RowScales(const EpilogueParams& p, int64_t token0) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) rows_[i] = p.RowScale(token0 + 32 * i + threadIdx.x % 32);
+  }
+
+  // Of the two tokens of which a lane of an accumulator has sums in this block of eight. All lanes
+  // of a warp ask for the same block.
+  __device__ __forceinline__ void Get(int block, float (&scales)[2]) const {
+    float v = rows_[0];
+#pragma unroll
+    for (int i = 1; i < kCount; ++i) v = block / 4 == i ? rows_[i] : v;
+    const int token = block % 4 * 8 + threadIdx.x % 4 * 2;
+    scales[0] = __shfl_sync(~0u, v, token);
+    scales[1] = __shfl_sync(~0u, v, token + 1);
+  }
+
+ private:
+  static constexpr int kCount = (kTokens + 31) / 32;
+  float rows_[kCount];
+};
+
 // What a lane holds of one word's eight outputs: the even or the odd ones of all eight (kTiles = 2)
 // or of four, for two tokens. It swaps one token for the other half with a neighbour and stores
 // consecutive outputs of the other.
@@ -234,12 +258,12 @@ class HalfWord {
     }
   }
 
-  // v[j][2 * h + i]: output 2 * (2 * j + h) + odd of the word, token i of two. `token` is the one
-  // that this lane stores: the first where it has the even outputs. Called by whole warps.
+  // v[j][2 * h + i]: output 2 * (2 * j + h) + odd of the word, token i of two, whose scales these
+  // are. `token` is the one that this lane stores: the first where it has the even outputs. Called
+  // by whole warps.
   template <bool kActivate>
   __device__ __forceinline__ void Store(const EpilogueParams& p, const float (&v)[kTiles][4],
-                                        int64_t token) const {
-    const float scales[2] = {p.RowScale(token - odd_), p.RowScale(token - odd_ + 1)};
+                                        const float (&scales)[2], int64_t token) const {
     float mine[2 * kTiles], other[2 * kTiles];
 #pragma unroll
     for (int i = 0; i < 2 * kTiles; ++i) {

@@ -80,9 +80,11 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
     if constexpr (Tile::kMoveRegisters) ReleaseRegisters<40>();
     if (warp != Tile::kConsumerWarps) return;
     const int group_rows = params.group_rows;
+    const bool zeros_in_stage = has_zeros && !Tile::kCodes;
     const uint32_t x_bytes = params.x_rows * members * Tile::kDepth * sizeof(T);
-    const uint32_t bytes = x_bytes + Tile::kWordBytes +
-                           group_rows * (Tile::kOutputs * 2 + (has_zeros ? Tile::kOutputs / 2 : 0));
+    const uint32_t bytes =
+        x_bytes + Tile::kWordBytes +
+        group_rows * (Tile::kOutputs * 2 + (zeros_in_stage ? Tile::kOutputs / 2 : 0));
     const uint32_t sum_bytes = x_bytes + (has_zeros ? Tile::kSumWordBytes : Tile::kSumZerosAt);
     const int own_rows = member * params.x_rows;  // where this member's rows of x begin
     StageCounter<Tile::kStages> at;
@@ -95,14 +97,18 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
       const int token0 = row * kTokens + own_rows;
       const int output0 = (column * members + member) * Tile::kOutputs;
       const int first = work.share.first;
-      int sum_stages = 0;
-      if constexpr (Tile::kCodes) sum_stages = Consumer::SumStages(work.share, has_zeros);
+      int sum_stages = 0, first_chunk = 0;
+      if constexpr (Tile::kCodes) {
+        sum_stages = Consumer::SumStages(work.share, has_zeros);
+        first_chunk = Consumer::SumShare(work.share).first;
+      }
       // What is of the weight, and announces the whole stage; and what is of x.
       const auto copy_weight = [&](int stage, int i) {
         const uint32_t barrier = Tile::Full(shared, stage);
         const uint32_t words = Tile::Words(shared, stage);
         if (Tile::kCodes && i < 0) {
-          const int group = (first + (i + sum_stages) * Tile::kSumChunks) >> (group_shift - 7);
+          const int group =
+              (first_chunk + (i + sum_stages) * Tile::kSumChunks) >> (group_shift - 7);
           BarrierArriveExpecting(barrier, sum_bytes);
           CopyBox(words, &params.sum_scales, output0, group, weight_batch, barrier);
           if (has_zeros) {
@@ -116,7 +122,7 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
         CopyBox(words, &params.words, output0 / 8, depth, weight_batch, barrier);
         CopyBox(Tile::Scales(shared, stage), &params.scales, output0, depth >> group_shift,
                 weight_batch, barrier);
-        if (has_zeros && !Tile::kCodes) {
+        if (zeros_in_stage) {
           CopyBox(Tile::Zeros(shared, stage), &params.zeros, output0 / 8, depth >> group_shift,
                   weight_batch, barrier);
         }
@@ -125,8 +131,8 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
         const uint32_t barrier = Tile::Full(shared, stage);
         const bool sums = Tile::kCodes && i < 0;
         const void* map = sums ? &params.sums : &params.x;
-        const int depth =
-            sums ? 4 * (first + (i + sum_stages) * Tile::kSumChunks) : (first + i) * Tile::kDepth;
+        const int depth = sums ? 4 * (first_chunk + (i + sum_stages) * Tile::kSumChunks)
+                               : (first + i) * Tile::kDepth;
 #pragma unroll
         for (int part = 0; part < Tile::kParts; ++part) {
           const uint32_t to = Tile::X(shared, stage) + part * kTokens * 128 + own_rows * 128;
@@ -164,21 +170,27 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
   const int t = lane % 4;
   Consumer consumer = [&] {
     if constexpr (Tile::kCodes) {
-      return Consumer(shared, group_shift, has_zeros, p.scales_are_bf16, members);
+      return Consumer(shared, group_shift, has_zeros, p.scales_are_bf16, p.cluster ? split : 0,
+                      members);
     } else {
       return Consumer(shared, group_shift, has_zeros);
     }
   }();
+  if (p.buffers.overlap) WaitForKernelBefore();        // which writes the scales of rows
   const unsigned items = Tile::kMma ? 1 : work.items;  // few rows are one tile a CTA
 #pragma unroll 1
   for (unsigned item = 0; item < items; ++item) {
     work.Next();
+    unsigned batch, row, column;
+    order.Find(work.tile, &batch, &row, &column);
+    EpilogueParams epilogue = MakeEpilogue(p, batch);
+    if (epilogue.partials) epilogue.WriteOnly(split * p.batch * p.size());
+    const RowScales<kTokens> row_scales(epilogue, static_cast<int64_t>(row) * kTokens);
+
     float acc[kTiles][kTokens / 2];
     __builtin_assume(work.share.count > 0);  // or ptxas serializes what follows
     consumer.Accumulate(work.share, acc);
 
-    unsigned batch, row, column;
-    order.Find(work.tile, &batch, &row, &column);
     const unsigned blocks = blocks_of(row);
     if (!Tile::kMma && work.slot >= 0) {
       float4* part = static_cast<float4*>(p.buffers.workspace) +
@@ -194,8 +206,6 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
       }
       continue;
     }
-    EpilogueParams epilogue = MakeEpilogue(p, batch);
-    if (epilogue.partials) epilogue.WriteOnly(split * p.batch * p.size());
     const int64_t output0 = (static_cast<int64_t>(column) * members + member) * Tile::kOutputs;
     const int64_t token = static_cast<int64_t>(row) * kTokens + 2 * t + g % 2;
     if (!params.exchange) {
@@ -209,7 +219,9 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
 #pragma unroll
           for (int i = 0; i < 4; ++i) v[j][i] = acc[j][4 * b + i];
         }
-        half.template Store<false>(epilogue, v, token + 8 * b);
+        float scales[2];
+        row_scales.Get(b, scales);
+        half.template Store<false>(epilogue, v, scales, token + 8 * b);
       }
       continue;
     }
@@ -280,7 +292,10 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
           const float4& sum = sums[u * kUnitTiles + j];
           v[j][0] = sum.x, v[j][1] = sum.y, v[j][2] = sum.z, v[j][3] = sum.w;
         }
-        half.template Store<true>(epilogue, v, token + unit / (kWarpUnits * Tile::kTeamWarps) * 8);
+        const unsigned block = unit / (kWarpUnits * Tile::kTeamWarps);
+        float scales[2];
+        row_scales.Get(block, scales);
+        half.template Store<true>(epilogue, v, scales, token + 8 * block);
       }
     }
     if (p.cluster || members > 1) {  // nobody leaves while others read its memory, or arrive at it
@@ -339,7 +354,9 @@ __global__ void __launch_bounds__(32 * TmaTile<kTokens, kTiles, 2>::kTeamWarps)
   const HalfWord<kTiles> half(epilogue,
                               static_cast<int64_t>(column) * Tile::kOutputs + 8 * Lane::Word(warp),
                               Lane::Byte(warp), odd);
-  half.template Store<true>(epilogue, v, token0 + 2 * (lane % 4) + odd);
+  const int64_t pair = token0 + 2 * (lane % 4);
+  const float scales[2] = {epilogue.RowScale(pair), epilogue.RowScale(pair + 1)};
+  half.template Store<true>(epilogue, v, scales, pair + odd);
 #endif
 }
 
