@@ -256,7 +256,7 @@ const char* LaunchAwqGemmW4A8(const AwqGemmW4A8Problem& problem, const AwqGemmW4
   p.x_stride = buffers.x_stride;
   p.scale = buffers.scale;
   p.scale_stride = buffers.scale_stride;
-  p.row_scales = problem.scale == GivenScale::kForEachRow;
+  p.row_scales = problem.has_row_scales();
   p.largest = problem.codes == Codes::kInt8   ? 127.0f
               : problem.codes == Codes::kInt4 ? 7.0f
                                               : 448.0f;

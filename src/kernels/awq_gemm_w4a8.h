@@ -35,6 +35,11 @@ struct AwqGemmW4A8Problem {
   Codes codes = Codes::kInt8;
   GivenScale scale = GivenScale::kNone;
   std::string variant;  // of awq_gemm; empty: chosen by the plan
+
+  // Whether the given scales are what awq_gemm takes; a single one is, of a single row.
+  bool has_row_scales() const {
+    return scale == GivenScale::kForEachRow || (scale == GivenScale::kOne && m == 1);
+  }
 };
 
 struct AwqGemmW4A8Plan {

@@ -57,13 +57,12 @@ AwqGemmW4A8Plan PlanFor(const AwqGemmW4A8Problem& p, DType x_dtype, const Device
   plan.problem = Product(p, x_dtype);
   const bool codes_are_x = p.x_dtype == DType::kS8;
   // Where codes and their scales are given, a batch of scales needs no batch of anything.
-  const bool own_scales = !codes_are_x || p.scale == GivenScale::kOne;
+  const bool own_scales = !codes_are_x || !p.has_row_scales();
   plan.code_batch = std::max(p.x_batch, own_scales ? p.scale_batch : 1);
   plan.copies_codes = !codes_are_x || x_dtype == DType::kF16;
   const size_t rows = static_cast<size_t>(plan.code_batch) * p.m;
   plan.row_scale_at = Aligned(plan.copies_codes ? rows * p.k * SizeOf(x_dtype) : 0);
-  plan.chunk_sums_at =
-      plan.row_scale_at + Aligned(p.scale == GivenScale::kForEachRow ? 0 : rows * sizeof(float));
+  plan.chunk_sums_at = plan.row_scale_at + Aligned(p.has_row_scales() ? 0 : rows * sizeof(float));
   plan.gemm_at =
       plan.chunk_sums_at + Aligned(x_dtype == DType::kF16 ? 0 : rows * ChunkSumColumns(p.k) * 2);
   if (plan.gemm_at > workspace_limit) {

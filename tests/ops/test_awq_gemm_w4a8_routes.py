@@ -241,6 +241,17 @@ def test_more_rows_are_multiplied_as_bytes(codes, group_size):
 
 
 @needs_plan
+def test_a_scale_of_one_row_is_a_single_scale():
+    """The handler cannot tell them apart, so both have the same workspace."""
+    weight = shapes(1, 4096, 4096, 128)[1]
+    q, scale = (jax.ShapeDtypeStruct((1, 4096), np.int8), jax.ShapeDtypeStruct((1,), np.float32))
+    token = QuantizedActivation(q, scale)
+    tensor = QuantizedActivation(q, jax.ShapeDtypeStruct((), np.float32), granularity="tensor")
+    found = [plan("awq_gemm_w4a8", x, weight, device="sm_90") for x in (token, tensor)]
+    assert found[0] == found[1]
+
+
+@needs_plan
 def test_groups_that_bytes_do_not_pay_for():
     for group_size in (32, 64):
         found = plan("awq_gemm_w4a8", *shapes(64, 4096, 4096, group_size), device="sm_90")
