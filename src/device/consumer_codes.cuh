@@ -57,7 +57,6 @@ class CodesConsumer {
         first_rank_(first_rank),
         members_(members) {
     const bool swapped = threadIdx.x % 4 >= 2;
-    if (threadIdx.x / 128 == 1) NamedBarrierArrive<256>(kTurn);  // the first turn
     selector_ = KeepInRegister((swapped ? 0x2064 : 0x6420) + 0x1111 * lane.byte);
   }
 
@@ -77,18 +76,18 @@ class CodesConsumer {
   // As WgmmaConsumer's.
   __device__ __forceinline__ void Accumulate(const Share& share,
                                              float (&acc)[kTiles][kTokens / 2]) {
-#pragma unroll
-    for (int j = 0; j < kTiles; ++j) {
-#pragma unroll
-      for (int i = 0; i < kTokens / 2; ++i) acc[j][i] = 0.0f;
-      PinRegisters(acc[j]);
-    }
-    SubtractZeroPoints(share, acc);
-    if (single_) {
-      AccumulateSingle(share, acc);
+    if constexpr (kTokens > 128) {
+      MultiplySingle(share, acc);
+    } else if constexpr (kTokens > 64) {
+      MultiplyGroupsByTwo(share, acc);
+    } else if (single_) {
+      MultiplySingle(share, acc);
     } else {
-      AccumulateGroups(share, acc);
+      MultiplyGroups(share, acc);
     }
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) PinRegisters(acc[j]);
+    SubtractZeroPoints(share, acc);
   }
 
   const TmaLane<Tile> lane;
@@ -96,11 +95,14 @@ class CodesConsumer {
  private:
   using Sums = SumOf<T>[kTiles][kTokens / 2];
 
-  // A step is a group. Its sums occupy the tensor cores for as long as it takes to scale them, so
-  // warpgroups take turns: one multiplies while the other scales.
-  __device__ __forceinline__ void AccumulateGroups(const Share& share,
-                                                   float (&acc)[kTiles][kTokens / 2]) {
-    const int warpgroup = threadIdx.x / 128;
+  // A step is a group.
+  __device__ __forceinline__ void MultiplyGroups(const Share& share,
+                                                 float (&acc)[kTiles][kTokens / 2]) {
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+      for (int i = 0; i < kTokens / 2; ++i) acc[j][i] = 0.0f;
+    }
     Sums sums;
     uint32_t codes[4][4];
     BarrierWait(Tile::Full(shared_, at_.stage), at_.phase);
@@ -113,7 +115,6 @@ class CodesConsumer {
       uint32_t a[4][kTiles][4];
 #pragma unroll
       for (int s = 0; s < 4; ++s) Get(codes[s], a[s]);
-      NamedBarrierSync<256>(kTurn + warpgroup);
       WgmmaFence();
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
@@ -121,15 +122,12 @@ class CodesConsumer {
         for (int j = 0; j < kTiles; ++j) {
           WgmmaBytes<T, kTokens>(sums[j], a[s][j], XTile(stage) + 2 * s, s > 0);
         }
-        WgmmaCommit();
       }
+      WgmmaCommit();
       // The next stage, or once more this one where there is none.
       if (i + 1 < share.count) at_.Advance();
       BarrierWait(Tile::Full(shared_, at_.stage), at_.phase);
       lane.LoadCodes(at_.stage, codes);
-      // With what is issued, the other's would be mixed in, and both would scale at once.
-      WgmmaWait<1>();
-      NamedBarrierArrive<256>(kTurn + 1 - warpgroup);
       WgmmaWait<0>();
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) PinRegisters(sums[j]);
@@ -139,10 +137,76 @@ class CodesConsumer {
     at_.Advance();
   }
 
+  // A step is a group; two of them have sums of their own, so that one is scaled while the tensor
+  // cores work on the next.
+  __device__ __forceinline__ void MultiplyGroupsByTwo(const Share& share,
+                                                      float (&acc)[kTiles][kTokens / 2]) {
+    Sums sums[2];
+    float scales[2][2 * kTiles] = {};
+    uint32_t a[2][kTiles][4];
+#pragma unroll
+    for (int i = 0; i < kTokens / 2; ++i) acc[0][i] = sums[1][0][i] = 0;
+    int previous = -1;
+    int i = 0;
+#pragma unroll 1
+    for (; i + 1 < share.count; i += 2) {
+      Step(sums[0], sums[1], scales[0], scales[1], a, &previous, acc);
+      Step(sums[1], sums[0], scales[1], scales[0], a, &previous, acc);
+    }
+    if (i < share.count) {
+      Step(sums[0], sums[1], scales[0], scales[1], a, &previous, acc);
+      WgmmaWait<0>();
+      PinRegisters(sums[0][0]);
+      AddScaled<0, kTokens / 8>(sums[0], scales[0], acc);
+    } else {
+      WgmmaWait<0>();
+      PinRegisters(sums[1][0]);
+      AddScaled<0, kTokens / 8>(sums[1], scales[1], acc);
+    }
+    Release(previous);
+  }
+
+  __device__ __forceinline__ void Step(Sums& sums, Sums& before, float (&scales)[2 * kTiles],
+                                       const float (&scales_before)[2 * kTiles],
+                                       uint32_t (&a)[2][kTiles][4], int* previous,
+                                       float (&acc)[kTiles][kTokens / 2]) {
+    constexpr int kBlocks = kTokens / 8;
+    const int stage = at_.stage;
+    BarrierWait(Tile::Full(shared_, stage), at_.phase);
+    uint32_t codes[4][4];
+    lane.LoadCodes(stage, codes);
+    LoadScales(stage, scales);
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+      // All but the newest are done: these registers are free again.
+      WgmmaWait<1>();
+      if (s == 1) {
+        PinRegisters(before[0]);
+        if (*previous >= 0) Release(*previous);
+      }
+      Get(codes[s], a[s % 2]);
+      WgmmaFence();
+      WgmmaBytes<T, kTokens>(sums[0], a[s % 2][0], XTile(stage) + 2 * s, s > 0);
+      WgmmaCommit();
+      if (s == 1) AddScaled<0, kBlocks / 3>(before, scales_before, acc);
+      if (s == 2) AddScaled<kBlocks / 3, 2 * kBlocks / 3>(before, scales_before, acc);
+      if (s == 3) AddScaled<2 * kBlocks / 3, kBlocks>(before, scales_before, acc);
+    }
+    *previous = stage;
+    at_.Advance();
+  }
+
   // All steps are one group.
-  __device__ __forceinline__ void AccumulateSingle(const Share& share,
-                                                   float (&acc)[kTiles][kTokens / 2]) {
-    Sums sums;
+  __device__ __forceinline__ void MultiplySingle(const Share& share,
+                                                 float (&acc)[kTiles][kTokens / 2]) {
+    Sums& sums = reinterpret_cast<Sums&>(acc);  // in the same registers
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+      for (int i = 0; i < kTokens / 2; ++i) sums[j][i] = 0;
+      PinRegisters(sums[j]);
+    }
+    WgmmaFence();
     float scales[2 * kTiles];
     uint32_t a[2][kTiles][4];
     int previous = -1;
@@ -162,7 +226,7 @@ class CodesConsumer {
         WgmmaFence();
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
-          WgmmaBytes<T, kTokens>(sums[j], a[s % 2][j], XTile(stage) + 2 * s, s > 0 || i > 0);
+          WgmmaBytes<T, kTokens>(sums[j], a[s % 2][j], XTile(stage) + 2 * s);
         }
         WgmmaCommit();
       }
@@ -173,16 +237,23 @@ class CodesConsumer {
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) PinRegisters(sums[j]);
     Release(previous);
-    AddScaled(sums, scales, acc);
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+      for (int i = 0; i < kTokens / 2; ++i) {
+        acc[j][i] = static_cast<float>(sums[j][i]) * scales[2 * j + i / 2 % 2];
+      }
+    }
   }
 
+  template <int kFirst = 0, int kLast = kTokens / 8>  // blocks of eight tokens
   __device__ __forceinline__ static void AddScaled(const Sums& sums,
                                                    const float (&scales)[2 * kTiles],
                                                    float (&acc)[kTiles][kTokens / 2]) {
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
-      for (int i = 0; i < kTokens / 2; ++i) {
+      for (int i = 4 * kFirst; i < 4 * kLast; ++i) {
         acc[j][i] = fmaf(static_cast<float>(sums[j][i]), scales[2 * j + i / 2 % 2], acc[j][i]);
       }
     }
@@ -207,7 +278,7 @@ class CodesConsumer {
     return SwizzledRows(Tile::X(shared_, 0)) + (stage * Tile::kXBytes >> 4);
   }
 
-  // acc = -sum of z * s * (sum of x), over the chunks of `share`.
+  // acc -= sum of z * s * (sum of x), over the chunks of `share`.
   __device__ __forceinline__ void SubtractZeroPoints(const Share& share,
                                                      float (&acc)[kTiles][kTokens / 2]) {
     const int stages = SumStages(share, lane.has_zeros);
@@ -294,7 +365,6 @@ class CodesConsumer {
     if (l < members_) BarrierArriveAt(Tile::Empty(shared_, stage), first_rank_ + l);
   }
 
-  static constexpr int kTurn = 2;  // named barriers of the warpgroups
   const uint32_t shared_;
   const bool single_, bf16_scales_;
   const int first_rank_, members_;  // in the cluster, of those that share x

@@ -227,15 +227,18 @@ class RowScales {
     for (int i = 0; i < kCount; ++i) rows_[i] = p.RowScale(token0 + 32 * i + threadIdx.x % 32);
   }
 
-  // Of the two tokens of which a lane of an accumulator has sums in this block of eight. All lanes
-  // of a warp ask for the same block.
-  __device__ __forceinline__ void Get(int block, float (&scales)[2]) const {
-    float v = rows_[0];
+  // Multiplies what a lane has of the tile: acc[4 b + 2 h + i] is of token 8 b + 2 t + i.
+  __device__ __forceinline__ void Multiply(float (&acc)[kTokens / 2]) const {
 #pragma unroll
-    for (int i = 1; i < kCount; ++i) v = block / 4 == i ? rows_[i] : v;
-    const int token = block % 4 * 8 + threadIdx.x % 4 * 2;
-    scales[0] = __shfl_sync(~0u, v, token);
-    scales[1] = __shfl_sync(~0u, v, token + 1);
+    for (int b = 0; b < kTokens / 8; ++b) {
+      const int token = b % 4 * 8 + threadIdx.x % 4 * 2;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float scale = __shfl_sync(~0u, rows_[b / 4], token + i);
+        acc[4 * b + i] *= scale;
+        acc[4 * b + 2 + i] *= scale;
+      }
+    }
   }
 
  private:
@@ -258,17 +261,16 @@ class HalfWord {
     }
   }
 
-  // v[j][2 * h + i]: output 2 * (2 * j + h) + odd of the word, token i of two, whose scales these
-  // are. `token` is the one that this lane stores: the first where it has the even outputs. Called
-  // by whole warps.
+  // v[j][2 * h + i]: output 2 * (2 * j + h) + odd of the word, token i of two. `token` is the one
+  // that this lane stores: the first where it has the even outputs. Called by whole warps.
   template <bool kActivate>
   __device__ __forceinline__ void Store(const EpilogueParams& p, const float (&v)[kTiles][4],
-                                        const float (&scales)[2], int64_t token) const {
+                                        int64_t token) const {
     float mine[2 * kTiles], other[2 * kTiles];
 #pragma unroll
     for (int i = 0; i < 2 * kTiles; ++i) {
-      float first = v[i / 2][i % 2 * 2] * scales[0] + bias_[i];
-      float second = v[i / 2][i % 2 * 2 + 1] * scales[1] + bias_[i];
+      float first = v[i / 2][i % 2 * 2] + bias_[i];
+      float second = v[i / 2][i % 2 * 2 + 1] + bias_[i];
       if constexpr (kActivate) {
         first = Activate(first, p.activation);
         second = Activate(second, p.activation);

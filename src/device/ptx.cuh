@@ -167,16 +167,6 @@ __device__ __forceinline__ void WaitForKernelBefore() {
 #endif
 }
 
-// The same of a barrier known only when it runs, and an arrival that does not wait.
-template <int kThreads>
-__device__ __forceinline__ void NamedBarrierSync(int barrier) {
-  asm volatile("barrier.sync %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
-}
-template <int kThreads>
-__device__ __forceinline__ void NamedBarrierArrive(int barrier) {
-  asm volatile("barrier.arrive %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
-}
-
 #if __CUDA_ARCH__ >= 900
 // Every thread of the cluster arrives and waits; shared memory written before is seen after.
 __device__ __forceinline__ void ClusterArrive() {

@@ -23,7 +23,7 @@ struct TmaTile {
   static constexpr int kTeamWarps = 8;
   static constexpr int kConsumerWarps = kTeams * kTeamWarps;
   // One warp copies. Registers can only move to the consumers from a whole warpgroup.
-  static constexpr bool kMoveRegisters = kTokens * kTiles == (kCodes ? 128 : 256);
+  static constexpr bool kMoveRegisters = kTokens * kTiles >= (kCodes ? 96 : 256);
   static constexpr int kThreads = 32 * (kConsumerWarps + (kMoveRegisters ? 4 : 1));
 
   // x lies in parts of 128 bytes a row, a row of the 128-byte swizzle.

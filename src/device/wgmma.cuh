@@ -157,6 +157,19 @@ __device__ __forceinline__ void Wgmma<__nv_bfloat16, 64>(float (&d)[32], const u
 }
 
 template <>
+__device__ __forceinline__ void Wgmma<__nv_bfloat16, 96>(float (&d)[48], const uint32_t (&a)[4],
+                                                         uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, "
+      "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, "
+      "%35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47}, {%48, %49, %50, "
+      "%51}, %52, 1, 1, 1, 0;"
+      : JAX_AWQ_F16(d, 0), JAX_AWQ_F16(d, 16), JAX_AWQ_F16(d, 32)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+template <>
 __device__ __forceinline__ void Wgmma<__nv_bfloat16, 128>(float (&d)[64], const uint32_t (&a)[4],
                                                           uint64_t b) {
   asm volatile(
@@ -201,16 +214,19 @@ using SumOf = std::conditional_t<std::is_same_v<T, int8_t>, int32_t, float>;
   JAX_AWQ_4(kind, d, i), JAX_AWQ_4(kind, d, i + 4), JAX_AWQ_4(kind, d, i + 8), \
       JAX_AWQ_4(kind, d, i + 12)
 #define JAX_AWQ_32(kind, d, i) JAX_AWQ_16(kind, d, i), JAX_AWQ_16(kind, d, i + 16)
+#define JAX_AWQ_48(kind, d, i) JAX_AWQ_32(kind, d, i), JAX_AWQ_16(kind, d, i + 32)
 #define JAX_AWQ_64(kind, d, i) JAX_AWQ_32(kind, d, i), JAX_AWQ_32(kind, d, i + 32)
 #define JAX_AWQ_128(kind, d, i) JAX_AWQ_64(kind, d, i), JAX_AWQ_64(kind, d, i + 64)
 #define JAX_AWQ_D16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define JAX_AWQ_D32 \
   JAX_AWQ_D16       \
   ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define JAX_AWQ_D64                                                                    \
-  JAX_AWQ_D32                                                                          \
-  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define JAX_AWQ_D48 \
+  JAX_AWQ_D32       \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define JAX_AWQ_D64 \
+  JAX_AWQ_D48       \
+  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define JAX_AWQ_D128                                                                     \
   JAX_AWQ_D64                                                                            \
   ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "   \
@@ -240,6 +256,7 @@ __device__ __forceinline__ void WgmmaBytes(SumOf<T> (&d)[kTokens / 2], const uin
 // Operands behind kTokens / 2 sums.
 #define JAX_AWQ_IN16 "{%16, %17, %18, %19}, %20"
 #define JAX_AWQ_IN32 "{%32, %33, %34, %35}, %36"
+#define JAX_AWQ_IN48 "{%48, %49, %50, %51}, %52"
 #define JAX_AWQ_IN64 "{%64, %65, %66, %67}, %68"
 #define JAX_AWQ_IN128 "{%128, %129, %130, %131}, %132"
 #define JAX_AWQ_S8(kTokens, outputs, inputs, add, sums) \
@@ -250,25 +267,30 @@ __device__ __forceinline__ void WgmmaBytes(SumOf<T> (&d)[kTokens / 2], const uin
 
 JAX_AWQ_S8(32, JAX_AWQ_D16, JAX_AWQ_IN16, "%21", JAX_AWQ_16)
 JAX_AWQ_S8(64, JAX_AWQ_D32, JAX_AWQ_IN32, "%37", JAX_AWQ_32)
+JAX_AWQ_S8(96, JAX_AWQ_D48, JAX_AWQ_IN48, "%53", JAX_AWQ_48)
 JAX_AWQ_S8(128, JAX_AWQ_D64, JAX_AWQ_IN64, "%69", JAX_AWQ_64)
 JAX_AWQ_S8(256, JAX_AWQ_D128, JAX_AWQ_IN128, "%133", JAX_AWQ_128)
 JAX_AWQ_E4M3(32, JAX_AWQ_D16, JAX_AWQ_IN16, "%21", JAX_AWQ_16)
 JAX_AWQ_E4M3(64, JAX_AWQ_D32, JAX_AWQ_IN32, "%37", JAX_AWQ_32)
-JAX_AWQ_E4M3(128, JAX_AWQ_D64, JAX_AWQ_IN64, "%69", JAX_AWQ_64)
+JAX_AWQ_E4M3(96, JAX_AWQ_D48, JAX_AWQ_IN48, "%53", JAX_AWQ_48)
+JAX_AWQ_E4M3(256, JAX_AWQ_D128, JAX_AWQ_IN128, "%133", JAX_AWQ_128)
 
 #undef JAX_AWQ_E4M3
 #undef JAX_AWQ_S8
 #undef JAX_AWQ_IN128
 #undef JAX_AWQ_IN64
+#undef JAX_AWQ_IN48
 #undef JAX_AWQ_IN32
 #undef JAX_AWQ_IN16
 #undef JAX_AWQ_WGMMA_BYTES
 #undef JAX_AWQ_D128
 #undef JAX_AWQ_D64
+#undef JAX_AWQ_D48
 #undef JAX_AWQ_D32
 #undef JAX_AWQ_D16
 #undef JAX_AWQ_128
 #undef JAX_AWQ_64
+#undef JAX_AWQ_48
 #undef JAX_AWQ_32
 #undef JAX_AWQ_16
 #undef JAX_AWQ_4

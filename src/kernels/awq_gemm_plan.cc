@@ -112,6 +112,16 @@ const char* CodesUnsupported(const AwqGemmProblem& p, const Device& device) {
   return nullptr;
 }
 
+const char* CodesGroupsUnsupported(const AwqGemmProblem& p, const Device& device) {
+  if (const char* why = CodesUnsupported(p, device)) return why;
+  return p.group_size == p.k ? "there is but one group" : nullptr;
+}
+
+const char* CodesSingleUnsupported(const AwqGemmProblem& p, const Device& device) {
+  if (const char* why = CodesUnsupported(p, device)) return why;
+  return p.group_size != p.k ? "there are several groups" : nullptr;
+}
+
 const char* SimtUnsupported(const AwqGemmProblem& p, const Device& device) {
   if (const char* why = AnyKernelUnsupported(p, device)) return why;
   return IsCodes(p) ? "x is codes of one byte" : nullptr;
@@ -142,7 +152,8 @@ constexpr Variant kVariants[] = {
     {"stream_256x128", AwqGemmKernel::kTma, 256, 128, 64, 1, false, 0.67, StreamUnsupported},
     {"w4a8_32x256", AwqGemmKernel::kTma, 32, 256, 128, 1, true, 0.36, CodesUnsupported},
     {"w4a8_64x256", AwqGemmKernel::kTma, 64, 256, 128, 1, true, 0.40, CodesUnsupported},
-    {"w4a8_128x128", AwqGemmKernel::kTma, 128, 128, 128, 1, true, 0.25, CodesUnsupported},
+    {"w4a8_96x128", AwqGemmKernel::kTma, 96, 128, 128, 1, true, 0.16, CodesGroupsUnsupported},
+    {"w4a8_256x128", AwqGemmKernel::kTma, 256, 128, 128, 1, true, 0.36, CodesSingleUnsupported},
     {"wgmma_16", AwqGemmKernel::kWgmma, 16, 256, 64, 2, true, 0, WgmmaUnsupported},
     {"wgmma_32", AwqGemmKernel::kWgmma, 32, 256, 64, 1, true, 0, WgmmaUnsupported},
     {"wgmma_64", AwqGemmKernel::kWgmma, 64, 256, 64, 1, true, 0, WgmmaUnsupported},

@@ -97,6 +97,7 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
       const int token0 = row * kTokens + own_rows;
       const int output0 = (column * members + member) * Tile::kOutputs;
       const int first = work.share.first;
+      const int count = work.share.count;
       int sum_stages = 0, first_chunk = 0;
       if constexpr (Tile::kCodes) {
         sum_stages = Consumer::SumStages(work.share, has_zeros);
@@ -106,9 +107,8 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
       const auto copy_weight = [&](int stage, int i) {
         const uint32_t barrier = Tile::Full(shared, stage);
         const uint32_t words = Tile::Words(shared, stage);
-        if (Tile::kCodes && i < 0) {
-          const int group =
-              (first_chunk + (i + sum_stages) * Tile::kSumChunks) >> (group_shift - 7);
+        if (Tile::kCodes && i >= count) {
+          const int group = (first_chunk + (i - count) * Tile::kSumChunks) >> (group_shift - 7);
           BarrierArriveExpecting(barrier, sum_bytes);
           CopyBox(words, &params.sum_scales, output0, group, weight_batch, barrier);
           if (has_zeros) {
@@ -129,10 +129,10 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
       };
       const auto copy_x = [&](int stage, int i) {
         const uint32_t barrier = Tile::Full(shared, stage);
-        const bool sums = Tile::kCodes && i < 0;
+        const bool sums = Tile::kCodes && i >= count;
         const void* map = sums ? &params.sums : &params.x;
-        const int depth = sums ? 4 * (first_chunk + (i + sum_stages) * Tile::kSumChunks)
-                               : (first + i) * Tile::kDepth;
+        const int depth =
+            sums ? 4 * (first_chunk + (i - count) * Tile::kSumChunks) : (first + i) * Tile::kDepth;
 #pragma unroll
         for (int part = 0; part < Tile::kParts; ++part) {
           const uint32_t to = Tile::X(shared, stage) + part * kTokens * 128 + own_rows * 128;
@@ -144,14 +144,15 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
           }
         }
       };
-      int begun = -sum_stages;
+      const int stages = count + sum_stages;
+      int begun = 0;
       if (p.buffers.overlap && item == 0) {  // the weight comes while x is still written
-        for (int stage = 0; stage < Tile::kStages && begun < work.share.count; ++stage, ++begun) {
-          if (ElectOne()) copy_weight(stage, begun);
+        for (; begun < min(Tile::kStages, stages); ++begun) {
+          if (ElectOne()) copy_weight(begun, begun);
         }
         WaitForKernelBefore();
       }
-      for (int i = -sum_stages; i < work.share.count; ++i) {
+      for (int i = 0; i < stages; ++i) {
         BarrierWait(Tile::Empty(shared, at.stage), at.phase ^ 1);
         if (ElectOne()) {
           if (i >= begun) copy_weight(at.stage, i);
@@ -206,6 +207,10 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
       }
       continue;
     }
+    if (p.buffers.row_scale) {
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) row_scales.Multiply(acc[j]);
+    }
     const int64_t output0 = (static_cast<int64_t>(column) * members + member) * Tile::kOutputs;
     const int64_t token = static_cast<int64_t>(row) * kTokens + 2 * t + g % 2;
     if (!params.exchange) {
@@ -219,9 +224,7 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
 #pragma unroll
           for (int i = 0; i < 4; ++i) v[j][i] = acc[j][4 * b + i];
         }
-        float scales[2];
-        row_scales.Get(b, scales);
-        half.template Store<false>(epilogue, v, scales, token + 8 * b);
+        half.template Store<false>(epilogue, v, token + 8 * b);
       }
       continue;
     }
@@ -292,10 +295,7 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
           const float4& sum = sums[u * kUnitTiles + j];
           v[j][0] = sum.x, v[j][1] = sum.y, v[j][2] = sum.z, v[j][3] = sum.w;
         }
-        const unsigned block = unit / (kWarpUnits * Tile::kTeamWarps);
-        float scales[2];
-        row_scales.Get(block, scales);
-        half.template Store<true>(epilogue, v, scales, token + 8 * block);
+        half.template Store<true>(epilogue, v, token + unit / (kWarpUnits * Tile::kTeamWarps) * 8);
       }
     }
     if (p.cluster || members > 1) {  // nobody leaves while others read its memory, or arrive at it
@@ -355,8 +355,9 @@ __global__ void __launch_bounds__(32 * TmaTile<kTokens, kTiles, 2>::kTeamWarps)
                               static_cast<int64_t>(column) * Tile::kOutputs + 8 * Lane::Word(warp),
                               Lane::Byte(warp), odd);
   const int64_t pair = token0 + 2 * (lane % 4);
-  const float scales[2] = {epilogue.RowScale(pair), epilogue.RowScale(pair + 1)};
-  half.template Store<true>(epilogue, v, scales, pair + odd);
+#pragma unroll
+  for (int i = 0; i < 4 * kTiles; ++i) v[i / 4][i % 4] *= epilogue.RowScale(pair + i % 2);
+  half.template Store<true>(epilogue, v, pair + odd);
 #endif
 }
 
@@ -370,7 +371,7 @@ cudaError_t LaunchTmaTile(const AwqGemmPlan& plan, const AwqGemmParams& p, cudaS
   AwqGemmTmaParams params = {};
   params.p = p;
   // Codes come so fast that x has to be read once for two CTAs.
-  params.members = Tile::kCodes && kTokens >= 128 && p.splits == 1 && columns > 1 ? 2 : 1;
+  params.members = Tile::kCodes && kTiles == 1 && p.splits == 1 && columns > 1 ? 2 : 1;
   const int64_t step = 8 * params.members;
   params.x_rows =
       static_cast<int>(std::min<int64_t>(kTokens, (p.m + step - 1) / step * step)) / params.members;
@@ -458,8 +459,10 @@ cudaError_t LaunchCodesTiles(const AwqGemmPlan& plan, const AwqGemmParams& p, cu
       return LaunchTmaTile<T, T, 32, 2>(plan, p, stream);
     case 64256:
       return LaunchTmaTile<T, T, 64, 2>(plan, p, stream);
-    case 128128:
-      return LaunchTmaTile<T, T, 128, 1>(plan, p, stream);
+    case 96128:
+      return LaunchTmaTile<T, T, 96, 1>(plan, p, stream);
+    case 256128:
+      return LaunchTmaTile<T, T, 256, 1>(plan, p, stream);
     default:
       return cudaErrorInvalidValue;
   }
