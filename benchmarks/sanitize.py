@@ -55,7 +55,7 @@ W4A8_PRODUCTS = (
     (130, 128, 17440, 128, jnp.float16),
     (1030, 256, 160, 128, jnp.float32),
 )
-W4A8_VARIANTS = ("w4a8_32x256", "w4a8_64x256", "w4a8_128x128", "tma_8x256", "mma_32", "simt", "")
+W4A8_ALSO = ("tma_8x256", "mma_32", "simt", "")  # besides the kernels of codes of one byte
 
 
 def fused_variants(rng) -> list[str]:
@@ -63,8 +63,10 @@ def fused_variants(rng) -> list[str]:
     problem = random_problem(rng, 1, 64, 64, group_size=32)
     here = jax_awq.plan("awq_gemm", problem.x, problem.weight).refused
     float32 = jax_awq.plan("awq_gemm", problem.x.astype(np.float32), problem.weight).refused
-    others = ("dequantize_dot", *W4A8_VARIANTS[:3])
-    return [v for v in float32 if v not in others and not here.get(v, "").startswith("needs")]
+    others = ("dequantize_dot", "w4a8_")  # of other products
+    return [
+        v for v in float32 if not v.startswith(others) and not here.get(v, "").startswith("needs")
+    ]
 
 
 def main() -> int:
@@ -147,6 +149,9 @@ def main() -> int:
 def w4a8_products(rng) -> dict[str, int]:
     """How often each variant of awq_gemm_w4a8 ran; "" is the one that is chosen."""
     ran: dict[str, int] = {}
+    problem = random_problem(rng, 1, 64, 64, group_size=32)
+    named = jax_awq.plan("awq_gemm", problem.x, problem.weight).refused
+    variants = (*(v for v in named if v.startswith("w4a8_")), *W4A8_ALSO)
     for m, k, n, group_size, dtype in W4A8_PRODUCTS:
         for codes in CODES:
             problem = random_w4a8_problem(
@@ -163,7 +168,7 @@ def w4a8_products(rng) -> dict[str, int]:
             inputs = [problem.base.x]
             if codes != "float8_e4m3fn":
                 inputs.append(problem.quantized())
-            for variant in W4A8_VARIANTS:
+            for variant in variants:
                 os.environ["JAX_AWQ_FORCE"] = variant
                 for x in inputs:
                     try:

@@ -41,7 +41,8 @@ VARIANTS = (
     "dequantize_dot",
     "simt",
 )
-OF_CODES = ("w4a8_32x256", "w4a8_64x256", "w4a8_128x128")  # of awq_gemm_w4a8 alone
+# Of awq_gemm_w4a8 alone.
+OF_CODES = ("w4a8_32x256", "w4a8_64x256", "w4a8_96x128", "w4a8_256x128")
 TRANSPOSED = tuple(v for v in VARIANTS if not v.startswith(("decode", "tma", "stream")))
 
 

@@ -229,7 +229,7 @@ def test_more_rows_are_multiplied_as_bytes(codes, group_size):
     for m in (17, 64, 1000, 4096):
         found = plan(OP_OF[codes], *shapes(m, 4096, 4096, group_size), device="sm_90", **options)
         assert (found.route, found.reason) == ("fused", "")
-        assert re.fullmatch(r"w4a8_(32x256|64x256|128x128)", found.kernel)
+        assert re.fullmatch(r"w4a8_\d+x\d+", found.kernel)
         assert found.accumulator == ("float32" if codes == "float8_e4m3fn" else "int32")
         assert found.workspace_bytes >= m * 4096
         assert found.kernel not in found.refused
