@@ -223,7 +223,7 @@ def test_what_is_chosen(case, codes, granularity, static):
 @pytest.mark.parametrize(
     ("m", "group_size", "options", "route"),
     [
-        (300, 32, {"out_dtype": F32}, "group_products"),
+        (300, 32, {"out_dtype": F32, "layout": "oc_major"}, "group_products"),
         (300, 64, {"out_dtype": F16}, "fused"),
         (64, 128, {"scales_dtype": F32}, "group_products"),
         (64, 16, {}, "group_products"),
