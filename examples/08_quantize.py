@@ -64,8 +64,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:  # in which a stopped run would go on
         awq = quantize(
             params,
+            {path: [x] for path, x in record.items()},
             blocks,
-            lambda block: [record[block.linears[0]]],
             group_size=GROUP_SIZE,
             folder=folder,
         )

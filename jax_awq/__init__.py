@@ -15,6 +15,7 @@ from jax_awq.ops.dequantize_activation import dequantize_activation
 from jax_awq.ops.int4_matmul import int4_matmul
 from jax_awq.ops.int8_matmul import int8_matmul
 from jax_awq.ops.quantize_activation import quantize_activation
+from jax_awq.quantize import quantize  # in place of the package, which an import still finds
 from jax_awq.quantized import Int4Weight, Int8Weight, QuantizedLinear
 from jax_awq.weights import AWQWeight, PermutedWeight, convert
 
@@ -43,6 +44,7 @@ __all__ = [
     "load_hf",
     "pack_int4",
     "plan",
+    "quantize",
     "quantize_activation",
     "save_hf",
     "unpack_int4",

@@ -2,6 +2,9 @@
 
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
+
 from jax_awq._packing import LAYOUTS, PACK_FACTOR, group_shapes, weight_size
 
 FLOATS = ("float16", "bfloat16", "float32")
@@ -15,6 +18,13 @@ def check_shape(op: str, name: str, array: Any, want: tuple[int, ...]) -> None:
 def check_dtype(op: str, name: str, array: Any, *want: str) -> None:
     if str(array.dtype) not in want:
         raise TypeError(f"{op}: {name} must be {' or '.join(want)}, got {array.dtype}")
+
+
+def read_dtype(op: str, dtype: Any) -> np.dtype:
+    try:
+        return jnp.dtype(dtype)
+    except TypeError as error:
+        raise TypeError(f"{op}: dtype must be a dtype or the name of one, got {dtype!r}") from error
 
 
 def check_choice(op: str, name: str, value: Any, choices: tuple[Any, ...]) -> None:

@@ -182,6 +182,10 @@ def test_bfloat16_scales_and_dtype(tmp_path):
     assert loaded["a.ids"].dtype == jnp.int32
     with pytest.raises(TypeError, match="dtype must be floating, got int32"):
         jax_awq.load_hf(tmp_path, dtype=jnp.int32)
+    with pytest.raises(
+        TypeError, match="load_hf: dtype must be a dtype or the name of one, got 'fp16'"
+    ):
+        jax_awq.load_hf(tmp_path, dtype="fp16")
 
 
 def test_whole_k_and_no_zeros(tmp_path):

@@ -70,8 +70,9 @@ def test_generate_stops_at_the_end(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ([GOLDEN / "no", "--prompt", "x"], "error: generate: there is no folder .*no"),
         ([GOLDEN / "tiny-llama", "--prompt", "x"], "error: generate: .* has no tokenizer.json"),
-        ([LLAMA, "--prompt", ""], "error: generate: input_ids must be .* at least one token"),
+        ([LLAMA, "--prompt", ""], "error: generate: --prompt must have at least one token"),
         (
             [LLAMA, "--prompt", "x", "--max-new-tokens", 600],
             "600 new ones exceed max_position_embeddings, 512",
@@ -173,7 +174,14 @@ def test_a_layer_that_is_left_out(tmp_path):
 def test_inspect_of_no_checkpoint(tmp_path):
     found = run("inspect", tmp_path)
     assert found.exit_code == 1
-    assert "has no .safetensors file" in found.stdout
+    assert found.stdout == f"problem: load_hf: {tmp_path} has no .safetensors file\n"
+
+
+def test_inspect_writes_whole_names_to_a_pipe():
+    found = testing.CliRunner().invoke(app, ["inspect", str(LLAMA)], env={"COLUMNS": "60"})
+    assert re.search(
+        r"^ *model\.layers\.\*\.post_attention_layernorm\.weight  ", found.stdout, re.M
+    )
 
 
 def test_without_the_extra(tmp_path):

@@ -44,6 +44,7 @@ def test_every_example_is_tested():
         "06_replace_layers.py",
         "07_lora.py",
         "08_quantize.py",
+        "09_quantize_checkpoint.py",
     ]
 
 
@@ -163,3 +164,10 @@ def test_quantize():
     packed, dense = map(int, re.search(r"saved: (\d+) bytes, .* (\d+)", output).groups())
     assert packed < dense / 6
     assert "loaded again, equal: True" in output
+
+
+def test_quantize_checkpoint():
+    output = output_of("09_quantize_checkpoint.py")
+    dense, awq = (float(n) for n in re.findall(r"(\d+\.\d\d)\b(?! MB)", output))
+    assert abs(awq / dense - 1) < 0.005
+    assert "float 23.1 MB, AWQ 9.3 MB" in output

@@ -1,10 +1,12 @@
 """`quantize` over a model: what is folded where, what it gains, and going on after a stop."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from decoder import HIDDEN, LAYERS, forward, inputs_of, random_params
 
+import jax_awq
 from jax_awq import AWQWeight
 from jax_awq.quantize import (
     Block,
@@ -61,7 +63,7 @@ def test_clipped_as_autoawq_does():
 def test_scales_are_folded_on_both_sides(params, x):
     blocks = decoder_blocks(params)
     inputs = inputs_of(params, x)
-    result = quantize(params, blocks, inputs, group_size=GROUP)
+    result = quantize(params, inputs, blocks, group_size=GROUP)
 
     def found(block):
         statistics = collect_statistics(inputs(block))
@@ -109,7 +111,7 @@ def test_beats_round_to_nearest_on_other_data(params, x, rng):
     def error(quantized):
         return float(jnp.linalg.norm(forward(quantized, other) - want) / jnp.linalg.norm(want))
 
-    awq = error(quantize(params, blocks, inputs_of(params, x), group_size=GROUP))
+    awq = error(quantize(params, inputs_of(params, x), blocks, group_size=GROUP))
     print(awq, error(plain))
     assert awq < 0.9 * error(plain)
 
@@ -118,7 +120,7 @@ def test_float_linears_of_the_same_input(params, x):
     """As the router of experts, which reads the norm that a scale is folded into."""
     down, router = Block((f"{MLP}.down_proj",), f"{MLP}.up_proj"), f"{MLP}.gate_proj"
     block = Block((f"{MLP}.up_proj",), "model.layers.0.post_attention_layernorm", (router,))
-    result = quantize(params, [block, down], inputs_of(params, x), group_size=GROUP)
+    result = quantize(params, inputs_of(params, x), [block, down], group_size=GROUP)
     norm = "model.layers.0.post_attention_layernorm.weight"
     scale = params[norm] / result[norm]
     assert scale.std() > 0.1
@@ -131,7 +133,7 @@ def test_float_linears_of_the_same_input(params, x):
 def test_block_without_a_previous_op(params, x):
     path = f"{MLP}.down_proj"
     result = quantize(
-        params, [Block((path,))], inputs_of(params, x), group_size=GROUP, clip=lambda path: False
+        params, inputs_of(params, x), [Block((path,))], group_size=GROUP, clip=lambda path: False
     )
     want = round_to_nearest(params[f"{path}.weight"].T, group_size=GROUP)
     same_weight(result[path], want)
@@ -143,7 +145,7 @@ def test_dtypes(params, x, dtype):
     params = {name: jnp.asarray(value, jnp.bfloat16) for name, value in params.items()}
     blocks = decoder_blocks(params)[2:4]
     result = quantize(
-        params, blocks, inputs_of(params, x.astype(jnp.bfloat16)), group_size=GROUP, dtype=dtype
+        params, inputs_of(params, x.astype(jnp.bfloat16)), blocks, group_size=GROUP, dtype=dtype
     )
     assert result[f"{MLP}.up_proj"].dtype == dtype
     assert result["model.layers.0.post_attention_layernorm.weight"].dtype == jnp.bfloat16
@@ -156,7 +158,7 @@ class Stopped(Exception):
 def test_goes_on_where_it_was_stopped(params, x, tmp_path):
     blocks = decoder_blocks(params)
     inputs = inputs_of(params, x)
-    want = quantize(params, blocks, inputs, group_size=GROUP)
+    want = quantize(params, inputs, blocks, group_size=GROUP)
 
     def until_second_layer(block):
         if "layers.1.mlp" in block.linears[0]:
@@ -164,16 +166,16 @@ def test_goes_on_where_it_was_stopped(params, x, tmp_path):
         return inputs(block)
 
     with pytest.raises(Stopped):
-        quantize(params, blocks, until_second_layer, group_size=GROUP, folder=tmp_path)
+        quantize(params, until_second_layer, blocks, group_size=GROUP, folder=tmp_path)
     asked = []
 
     def recorded(block):
         asked.append(block)
         return inputs(block)
 
-    result = quantize(params, blocks, recorded, group_size=GROUP, folder=tmp_path)
+    result = quantize(params, recorded, blocks, group_size=GROUP, folder=tmp_path)
     assert asked == [blocks[6], blocks[7]]
-    again = quantize(params, blocks, until_second_layer, group_size=GROUP, folder=tmp_path)
+    again = quantize(params, until_second_layer, blocks, group_size=GROUP, folder=tmp_path)
     for found in (result, again):
         assert set(found) == set(want)
         for name, value in want.items():
@@ -187,8 +189,8 @@ def test_goes_on_where_it_was_stopped(params, x, tmp_path):
 def test_state_of_bfloat16(params, x, tmp_path):
     params = {name: jnp.asarray(value, jnp.bfloat16) for name, value in params.items()}
     blocks, options = decoder_blocks(params)[2:4], {"group_size": GROUP, "folder": tmp_path}
-    want = quantize(params, blocks, inputs_of(params, x), dtype=jnp.bfloat16, **options)
-    found = quantize(params, blocks, lambda block: [], dtype=jnp.bfloat16, **options)
+    want = quantize(params, inputs_of(params, x), blocks, dtype=jnp.bfloat16, **options)
+    found = quantize(params, lambda block: [], blocks, dtype=jnp.bfloat16, **options)
     for block in blocks:
         for path in block.linears:
             same_weight(found[path], want[path])
@@ -198,7 +200,7 @@ def test_state_of_bfloat16(params, x, tmp_path):
 def test_state_of_another_run_is_refused(params, x, tmp_path, change):
     blocks = decoder_blocks(params)[:2]
     options = {"group_size": GROUP, "folder": tmp_path}
-    quantize(params, blocks, inputs_of(params, x), **options)
+    quantize(params, inputs_of(params, x), blocks, **options)
     if change == "weights":
         name = f"{ATTENTION}.k_proj.weight"
         params = params | {name: np.nextafter(params[name], 1)}
@@ -209,13 +211,13 @@ def test_state_of_another_run_is_refused(params, x, tmp_path, change):
     else:
         blocks = [blocks[1]]
     with pytest.raises(ValueError, match=r"quantize: .*00000.* is of another run"):
-        quantize(params, blocks, inputs_of(params, x), **options)
+        quantize(params, inputs_of(params, x), blocks, **options)
 
 
 def test_bar(params, x, capfd):
     pytest.importorskip("rich")
     blocks = decoder_blocks(params)[2:4]
-    quantize(params, blocks, inputs_of(params, x), group_size=GROUP, progress=True)
+    quantize(params, inputs_of(params, x), blocks, group_size=GROUP, progress=True)
     captured = capfd.readouterr()
     assert "AWQ" in captured.err
     assert "100%" in captured.err
@@ -248,21 +250,36 @@ def test_bar(params, x, capfd):
 )
 def test_errors_in_blocks(params, x, blocks, text):
     with pytest.raises(ValueError, match=f"quantize: {text}"):
-        quantize(params, blocks, inputs_of(params, x), group_size=GROUP)
+        quantize(params, inputs_of(params, x), blocks, group_size=GROUP)
 
 
 def test_errors(params, x):
     blocks = [Block((f"{MLP}.up_proj",))]
     with pytest.raises(ValueError, match=f"{MLP}.up_proj.weight: group_size must be -1 or a"):
-        quantize(params, blocks, inputs_of(params, x))
+        quantize(params, inputs_of(params, x), blocks)
     with pytest.raises(TypeError, match="quantize: dtype must be float16 or"):
-        quantize(params, blocks, inputs_of(params, x), group_size=GROUP, dtype=np.int8)
+        quantize(params, inputs_of(params, x), blocks, group_size=GROUP, dtype=np.int8)
     with pytest.raises(
         ValueError, match=r"inputs of .*up_proj must have shape \(..., 64\), got \(..., 8"
     ):
-        quantize(params, blocks, lambda block: [np.zeros((3, 8))], group_size=GROUP)
+        quantize(params, lambda block: [np.zeros((3, 8))], blocks, group_size=GROUP)
     odd = {f"{MLP}.up_proj.weight": np.zeros((12, 64), np.float32)}
     with pytest.raises(ValueError, match=f"{MLP}.up_proj.weight: N=12 must be a multiple of 8"):
-        quantize(odd, blocks, inputs_of(params, x), group_size=GROUP)
+        quantize(odd, inputs_of(params, x), blocks, group_size=GROUP)
     with pytest.raises(ValueError, match=r"decoder_blocks: there is no tensor model\.layers\.0"):
         decoder_blocks({"embed": 0})
+    with pytest.raises(TypeError, match=r"calibration of tensors must be a function .*, got list"):
+        quantize(params, [x], blocks, group_size=GROUP)
+    with pytest.raises(ValueError, match=f"calibration has no inputs of {MLP}.up_proj"):
+        quantize(params, {"up_proj": [x]}, blocks, group_size=GROUP)
+
+
+def test_blocks_of_a_decoder_are_the_default_and_calibration_may_be_a_dict(params, x):
+    inputs = inputs_of(params, x)
+    blocks = decoder_blocks(params)
+    want = jax_awq.quantize(params, inputs, blocks, group_size=GROUP)
+    found = jax_awq.quantize(
+        params, {block.linears[0]: inputs(block) for block in blocks}, group_size=GROUP
+    )
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -82,7 +82,7 @@ def test_perplexity_of_a_llama(example, group_size, compared):
     assert blocks[1].previous is None
     inputs = inputs_of(model, ids[:4])
     result = quantize(
-        params, blocks, lambda block: [inputs[block.linears[0]]], group_size=group_size
+        params, lambda block: [inputs[block.linears[0]]], blocks, group_size=group_size
     )
 
     for path, module in nnx.iter_modules(model):

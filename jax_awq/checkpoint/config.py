@@ -58,29 +58,40 @@ def read_config(folder: Path) -> QuantConfig:
       ValueError: no quantization settings, not JSON, a value of a wrong type, or files that
         contradict each other.
     """
-    files = [folder / name for name in CONFIG_FILES if (folder / name).is_file()]
+    files = _config_files(folder)
     if not files:
         raise FileNotFoundError(
             f"load_hf: {folder} has neither {', '.join(CONFIG_FILES[:-1])} nor {CONFIG_FILES[-1]}"
         )
+    if (config := find_config(folder)) is None:
+        raise ValueError(
+            f"load_hf: {files[0]} has no quantization_config, and there is no "
+            f"{' or '.join(CONFIG_FILES[1:])}"
+        )
+    return config
+
+
+def find_config(folder: Path) -> QuantConfig | None:
+    """`read_config`, or None where no file tells of quantization: a float checkpoint."""
     configs = []
-    for file in files:
+    for file in _config_files(folder):
         values: Any = read_json(file)
         if file.name == "config.json":
             values = values.get("quantization_config")
         if values is not None:
             configs.append(_parse(file, values))
     if not configs:
-        raise ValueError(
-            f"load_hf: {files[0]} has no quantization_config, and there is no "
-            f"{' or '.join(CONFIG_FILES[1:])}"
-        )
+        return None
     first = configs[0]
     for other in configs[1:]:
         for name, keys in _KEYS.items():
             if getattr(other, name) is not None:
                 first.require(name, getattr(other, name), f"{other.file} says so in {keys}")
     return first
+
+
+def _config_files(folder: Path) -> list[Path]:
+    return [folder / name for name in CONFIG_FILES if (folder / name).is_file()]
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:

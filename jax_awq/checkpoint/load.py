@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jax_awq.checkpoint.config import QuantConfig, read_config
+from jax_awq._checks import read_dtype
+from jax_awq.checkpoint.config import QuantConfig, find_config, read_config
 from jax_awq.checkpoint.counts import check_counts
 from jax_awq.checkpoint.files import Tensor, find_tensors, open_tensors
 from jax_awq.checkpoint.formats import BadPart, Geometry, Readable, format_of, is_linear
@@ -72,19 +73,25 @@ def load_hf(
 
 @contextlib.contextmanager
 def open_hf(
-    path: str | os.PathLike[str], *, dtype: Any = None, progress: bool = False
+    path: str | os.PathLike[str], *, dtype: Any = None, progress: bool = False, dense: bool = False
 ) -> Iterator[dict[str, Callable[[], Any]]]:
     """What `load_hf` loads, each behind a function that reads it to the host.
 
     AWQ's own layouts come as numpy arrays; what has to be converted, from JAX's default device. The
-    files are mapped, and the functions valid, inside the context.
+    files are mapped, and the functions valid, inside the context. With `dense` a checkpoint is
+    taken, too, in which neither tensors nor configuration tell of quantization.
     """
+    dtype = None if dtype is None else read_dtype("load_hf", dtype)
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"load_hf: dtype must be floating, got {jnp.dtype(dtype)}")
+        raise TypeError(f"load_hf: dtype must be floating, got {dtype}")
     folder = Path(path)
     tensors = find_tensors(folder)
-    config = read_config(folder)
-    linears = {m: read_linear(m, parts, config) for m, parts in linear_parts(tensors).items()}
+    linears: dict[str, Linear] = {}
+    found = linear_parts(tensors)
+    config = find_config(folder) if dense and not found else read_config(folder)
+    if config is not None:
+        linears = {module: read_linear(module, parts, config) for module, parts in found.items()}
+        check_quantized(folder, tensors, linears)
     check_whole(folder, tensors, linears)
     plain = other_tensors(tensors, linears)
 
@@ -95,7 +102,7 @@ def open_hf(
             array = read(tensor)
             report(1)
             if dtype is not None and jnp.issubdtype(array.dtype, jnp.floating):
-                array = array.astype(np.dtype(dtype))
+                array = array.astype(dtype)
             return array
 
         def read_quantized(linear: Linear) -> AWQWeight | PermutedWeight:
@@ -133,14 +140,17 @@ def other_tensors(tensors: dict[str, Tensor], linears: dict[str, Linear]) -> dic
     return {name: t for name, t in tensors.items() if name not in packed}
 
 
-def check_whole(folder: Path, tensors: dict[str, Tensor], linears: dict[str, Linear]) -> None:
-    """Checks what no linear tells by itself: that there are any, none too few, and their names."""
+def check_quantized(folder: Path, tensors: dict[str, Tensor], linears: dict[str, Linear]) -> None:
     if not linears:
         files = ", ".join(sorted({str(t.file) for t in tensors.values()}))
         raise ValueError(
             f"load_hf: {files} has no quantized linear, but the configuration in {folder} "
             "describes quantization"
         )
+
+
+def check_whole(folder: Path, tensors: dict[str, Tensor], linears: dict[str, Linear]) -> None:
+    """Checks what no linear tells by itself: that none is left out, and their names."""
     check_counts(folder, tensors)
     for name in linears:
         if name in tensors:

@@ -37,11 +37,13 @@ def generate(
     console = Console(stderr=True)
     try:
         tokenizer = _tokenizer(folder)
+        ids = tokenizer.encode(prompt).ids
+        if not ids:
+            raise ValueError("generate: --prompt must have at least one token, got none")
         start = time.perf_counter()
         with console.status(f"Loading {folder}"):
             model = load(folder, dtype=dtype and dtype.value, layers=layers.value)
         console.print(f"loaded in {time.perf_counter() - start:.1f} s")
-        ids = tokenizer.encode(prompt).ids
         start = time.perf_counter()
         tokens = model.stream(
             [ids], max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
@@ -62,6 +64,8 @@ def _tokenizer(folder: Path) -> Any:
         from tokenizers import Tokenizer
     except ImportError as error:
         raise ImportError("generate needs tokenizers: pip install 'jax_awq[models]'") from error
+    if not folder.is_dir():
+        raise FileNotFoundError(f"generate: there is no folder {folder}")
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise FileNotFoundError(f"generate: {folder} has no tokenizer.json")

@@ -16,11 +16,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from jax_awq._packing import group_shapes
-from jax_awq.checkpoint.config import read_config
+from jax_awq.checkpoint.config import find_config, read_config
 from jax_awq.checkpoint.files import Tensor, find_tensors
 from jax_awq.checkpoint.formats import Geometry
 from jax_awq.checkpoint.load import (
     Linear,
+    check_quantized,
     check_whole,
     linear_parts,
     other_tensors,
@@ -32,6 +33,7 @@ from jax_awq.weights import AWQWeight
 
 # Of safetensors' names, those that end in a number have it as width in bits.
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_WIDE = 1000  # columns of a file or pipe, in which no name is folded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +56,9 @@ class Entry:
 
 @dataclasses.dataclass
 class Survey:
-    """What was found. Without problems `load_hf` takes the folder, and `models.load` if `model`."""
+    """What was found. Without problems `models.load` takes the folder, and `load_hf` if it has a
+    quantized linear.
+    """
 
     entries: list[Entry] = dataclasses.field(default_factory=list)
     problems: list[str] = dataclasses.field(default_factory=list)
@@ -69,8 +73,16 @@ def inspect(
 ) -> None:
     """List what a checkpoint has and what stands against loading it, if anything: then exit 1."""
     found = survey(folder)
-    entries = [(e, 1) for e in found.entries] if every else _alike(found.entries)
+    if found.entries:
+        _print_entries(found, every)
     console = Console()
+    console.print("\n".join(_summary(found)), markup=False, highlight=False, soft_wrap=True)
+    if found.problems:
+        raise typer.Exit(1)
+
+
+def _print_entries(found: Survey, every: bool) -> None:
+    entries = [(e, 1) for e in found.entries] if every else _alike(found.entries)
     table = Table(box=None)
     for name in ("tensor", "count", "kind", "shape", "group", "bytes"):
         side = "left" if name in ("tensor", "kind") else "right"
@@ -80,22 +92,30 @@ def inspect(
         shape = " x ".join(map(str, entry.shape))
         row = (entry.name, str(count), entry.kind, shape, group, f"{entry.size:,}")
         table.add_row(*map(escape, row))
+    console = Console()
+    if not console.is_terminal:
+        console.width = _WIDE
     console.print(table)
-    console.print("\n".join(_summary(found)), markup=False, highlight=False, soft_wrap=True)
-    if found.problems:
-        raise typer.Exit(1)
+    linears = [entry for entry in found.entries if entry.group_size is not None]
+    others = [entry for entry in found.entries if entry.group_size is None]
+    for what, some in (("quantized linears", linears), ("other tensors", others)):
+        size = sum(entry.size for entry in some) / 1e6
+        console.print(f"{len(some)} {what}, {size:.1f} MB", highlight=False)
 
 
 def survey(folder: Path) -> Survey:
     """Reads headers and configuration of a folder; what is wrong is told, not raised."""
     found = Survey()
     try:
-        tensors, config = find_tensors(folder), read_config(folder)
+        tensors = find_tensors(folder)
+        modules = linear_parts(tensors)
+        config = read_config(folder) if modules else find_config(folder)
     except (OSError, ValueError, ImportError) as error:
         found.problems.append(str(error))
         return found
     linears: dict[str, Linear] = {}
-    for module, parts in linear_parts(tensors).items():
+    for module, parts in modules.items():
+        assert config is not None
         try:
             linears[module] = read_linear(module, parts, config)
         except ValueError as error:
@@ -110,8 +130,10 @@ def survey(folder: Path) -> Survey:
     try:
         model = read_decoder_config(folder)
         if not found.problems:
+            if config is not None:
+                check_quantized(folder, tensors, linears)
             check_whole(folder, tensors, linears)
-            _assemble(linears, plain, model)
+            _assemble(folder, linears, plain, model)
             found.model = model
     except (OSError, ValueError) as error:
         found.problems.append(str(error))
@@ -126,7 +148,10 @@ def _linear_entry(module: str, linear: Linear) -> Entry:
 
 
 def _assemble(
-    linears: Mapping[str, Linear], plain: Mapping[str, Tensor], model: DecoderConfig
+    folder: Path,
+    linears: Mapping[str, Linear],
+    plain: Mapping[str, Tensor],
+    model: DecoderConfig,
 ) -> None:
     """What `models.load` does, without values; what it asks of these is left out."""
     tied = ("lm_head.weight",) if model.tie_embeddings else ()
@@ -136,7 +161,7 @@ def _assemble(
         if name not in tied and not name.endswith(".rotary_emb.inv_freq")
     }
     named |= {module: _abstract_weight(linear.geometry) for module, linear in linears.items()}
-    jax.eval_shape(lambda tensors: assemble(dict(tensors), model), named)
+    jax.eval_shape(lambda tensors: assemble(dict(tensors), model, place=folder), named)
 
 
 def _abstract_array(tensor: Tensor) -> jax.ShapeDtypeStruct:
@@ -186,10 +211,6 @@ def _alike(entries: Iterable[Entry]) -> list[tuple[Entry, int]]:
 
 
 def _summary(found: Survey) -> Iterable[str]:
-    linears = [entry for entry in found.entries if entry.group_size is not None]
-    others = [entry for entry in found.entries if entry.group_size is None]
-    for what, some in (("quantized linears", linears), ("other tensors", others)):
-        yield f"{len(some)} {what}, {sum(entry.size for entry in some) / 1e6:.1f} MB"
     if found.model is not None:
         m = found.model
         experts = (

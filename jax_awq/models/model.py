@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,11 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jax_awq._checks import read_dtype
 from jax_awq.checkpoint.load import open_hf
 from jax_awq.models import decoder, sampling
 from jax_awq.models.attention import make_cache
 from jax_awq.models.config import DecoderConfig, read_decoder_config
 from jax_awq.models.params import assemble
+from jax_awq.models.quantization import Recorder, disassemble, quantization_blocks
+from jax_awq.quantize import Block
 
 _BUCKET = 64  # lengths are rounded up to it, so that few programs serve all prompts
 
@@ -34,7 +37,8 @@ def load(
     """Loads a Hugging Face folder with a Llama, Mistral, Qwen2, Qwen3 or Qwen3-MoE decoder.
 
     Args:
-      path: as for `jax_awq.load_hf`; the weights stay packed.
+      path: as for `jax_awq.load_hf`; the weights stay packed. It may also be a float checkpoint,
+        in which nothing tells of quantization, for `jax_awq.quantize`.
       dtype: float16, bfloat16 or float32, of activations and of what is not quantized; by default
         that of config.json.
       layers: "unrolled", a program with every layer of its own, or "stacked", one `lax.scan` over
@@ -53,19 +57,20 @@ def load(
         raise ValueError(f"load: layers must be 'unrolled' or 'stacked', got {layers!r}")
     config = read_decoder_config(Path(path))
     if dtype is not None:
-        config = dataclasses.replace(config, dtype=str(jnp.dtype(dtype)))
+        config = dataclasses.replace(config, dtype=str(read_dtype("load", dtype)))
     if config.dtype not in ("float16", "bfloat16", "float32"):
         raise TypeError(f"load: dtype must be float16, bfloat16 or float32, got {config.dtype}")
     if layers == "stacked" and len(set(config.windows)) > 1:
         raise ValueError(
             f"load: layers='stacked' needs equal layers, but their windows are {config.windows}"
         )
-    with open_hf(path, dtype=config.dtype, progress=progress) as tensors:
+    with open_hf(path, dtype=config.dtype, progress=progress, dense=True) as tensors:
         params = assemble(
             tensors,
             config,
             stacked=layers == "stacked",
             put=functools.partial(jax.device_put, device=device),
+            place=path,
         )
     if attention is None:
         attention = "cudnn" if _cudnn_takes(config, params["embed"]) else "xla"
@@ -162,6 +167,23 @@ class Model:
             return sampling.sample(logits, key, step, temperature, top_p, nucleus=top_p < 1)
 
         return self._stream(ids, start, max_new_tokens, pick, np.asarray(ends, np.int32))
+
+    def quantization(
+        self, tokens: Any
+    ) -> tuple[dict[str, np.ndarray], Callable[[Block], list[Array]], list[Block]]:
+        """What `jax_awq.quantize` asks of a model: its tensors, the inputs of a block, and blocks.
+
+        Args:
+          tokens: (B, T) without padding, or several such batches.
+
+        Raises:
+          ValueError: the model has packed weights or experts, or tokens are as `logits` refuses.
+        """
+        params = disassemble(self.params, self.config)
+        batches = [tokens] if hasattr(tokens, "ndim") else list(tokens)
+        checked = [jnp.asarray(self._checked("quantize", ids, None, 0)[0]) for ids in batches]
+        recorder = Recorder(self.params, self.config, checked)
+        return params, recorder, quantization_blocks(params, self.config)
 
     def _stream(self, ids, start, max_new_tokens, pick, ends) -> Iterator[np.ndarray]:
         if max_new_tokens == 0:

@@ -24,6 +24,7 @@ def assemble(
     *,
     stacked: bool = False,
     put: Callable[[Any], Any] = lambda tree: tree,
+    place: Any = "the tensors",
 ) -> dict[str, Any]:
     """The parameters that `jax_awq.models.decoder` takes.
 
@@ -36,11 +37,12 @@ def assemble(
       stacked: whether the layers are stacked for a scan.
       put: what each finished part goes through, such as `jax.device_put`: parts that are read as
         numpy arrays are fused on the host, and a device never holds more than the model.
+      place: where the tensors are from, for messages.
 
     Raises:
       ValueError: a tensor is missing, unused or misshapen, or `stacked` and layers differ.
     """
-    source = _Source(tensors)
+    source = _Source(tensors, place)
     hidden, vocab = config.hidden_size, config.vocab_size
     params: dict[str, Any] = {
         "embed": put(source.array("model.embed_tokens.weight", (vocab, hidden))),
@@ -52,7 +54,8 @@ def assemble(
     _drop_frequencies(source, config)
     if tensors:
         raise ValueError(
-            f"load: model_type {config.model_type!r} has no place for {_some(sorted(tensors))}"
+            f"load: model_type {config.model_type!r} has no place for {_some(sorted(tensors))} "
+            f"in {place}"
         )
     params["layers"] = stack(layers) if stacked else tuple(layers)
     return params
@@ -139,7 +142,8 @@ def _head(source: "_Source", config: DecoderConfig, embed: Array) -> Linear | No
     if not config.tie_embeddings:
         if not found:
             raise ValueError(
-                "load: tensor lm_head.weight is missing, and tie_word_embeddings is false"
+                f"load: tensor lm_head.weight is missing in {source.place}, and "
+                "tie_word_embeddings is false"
             )
         return source.linear(
             "lm_head", config.hidden_size, config.vocab_size, source.has("lm_head.bias")
@@ -148,8 +152,8 @@ def _head(source: "_Source", config: DecoderConfig, embed: Array) -> Linear | No
         head = source.linear("lm_head", config.hidden_size, config.vocab_size, False)
         if _is_packed(head.weight) or not jnp.array_equal(head.weight, embed):
             raise ValueError(
-                "load: lm_head.weight differs from model.embed_tokens.weight, "
-                "but tie_word_embeddings is true"
+                "load: lm_head.weight differs from model.embed_tokens.weight in "
+                f"{source.place}, but tie_word_embeddings is true"
             )
     return None
 
@@ -160,7 +164,9 @@ def _drop_frequencies(source: "_Source", config: DecoderConfig) -> None:
     for name in [n for n in source.tensors if n.endswith(".rotary_emb.inv_freq")]:
         found = np.asarray(source.take(name), np.float32)
         if found.shape != want.shape or not np.allclose(found, want, rtol=1e-2, atol=1e-7):
-            raise ValueError(f"load: tensor {name} has other frequencies than config.json")
+            raise ValueError(
+                f"load: tensor {name} in {source.place} has other frequencies than config.json"
+            )
 
 
 def fuse(parts: dict[str, Linear], name: str) -> dict[str, Linear]:
@@ -206,8 +212,8 @@ def _kind(weight: Any) -> Any:
 class _Source:
     """The tensors that are left, taken by name and with the shape they must have."""
 
-    def __init__(self, tensors: dict[str, Any]):
-        self.tensors = tensors
+    def __init__(self, tensors: dict[str, Any], place: Any):
+        self.tensors, self.place = tensors, place
 
     def has(self, name: str) -> bool:
         return name in self.tensors or f"{name}.weight" in self.tensors
@@ -218,10 +224,12 @@ class _Source:
 
     def array(self, name: str, shape: tuple[int, ...]) -> Array:
         if name not in self.tensors:
-            raise ValueError(f"load: tensor {name} is missing{self._instead(name)}")
+            raise ValueError(f"load: tensor {name} is missing in {self.place}{self._instead(name)}")
         found = self.take(name)
         if found.shape != shape:
-            raise ValueError(f"load: tensor {name} must have shape {shape}, got {found.shape}")
+            raise ValueError(
+                f"load: tensor {name} in {self.place} must have shape {shape}, got {found.shape}"
+            )
         return found
 
     def linear(self, name: str, k: int, n: int, bias: bool, experts: int | None = None) -> Linear:
@@ -234,7 +242,7 @@ class _Source:
                 sizes = {"E": experts, **sizes}
             if weight.shape != tuple(sizes.values()):
                 raise ValueError(
-                    f"load: linear {name} must have ({', '.join(sizes)}) = "
+                    f"load: linear {name} in {self.place} must have ({', '.join(sizes)}) = "
                     f"{tuple(sizes.values())}, got {weight.shape}"
                 )
         else:

@@ -1,18 +1,19 @@
-"""The blocks of a decoder for `quantize`, each with the output that AutoAWQ compares."""
+"""A decoder for `quantize`: its blocks with the outputs that AutoAWQ compares, and its inputs."""
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.tree_util import Partial
 
 from jax_awq.models import decoder
 from jax_awq.models.config import DecoderConfig
-from jax_awq.models.layers import Linear, mlp
+from jax_awq.models.layers import Linear, linear, mlp
 from jax_awq.quantize import Block, decoder_blocks
 
 
@@ -49,6 +50,111 @@ def quantization_blocks(params: Mapping[str, Any], config: DecoderConfig) -> lis
             block = dataclasses.replace(block, output=_mlp(params, prefix, config))
         blocks.append(block)
     return blocks
+
+
+def disassemble(params: dict[str, Any], config: DecoderConfig) -> dict[str, np.ndarray]:
+    """The tensors of a dense decoder by their names in a checkpoint, the inverse of `assemble`.
+
+    They are on the host, so that a device never holds a second copy of the model.
+
+    Raises:
+      ValueError: `config` has experts, or a linear is packed.
+    """
+    if config.experts is not None:
+        raise ValueError(f"quantize: model must be dense, got one of {config.model_type!r}")
+    tensors = {"model.embed_tokens.weight": params["embed"], "model.norm.weight": params["norm"]}
+    if "lm_head" in params:
+        tensors |= _tensors("lm_head", params["lm_head"])
+    heads, kv = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
+    sizes = {
+        "qkv_proj": {"q_proj": heads, "k_proj": kv, "v_proj": kv},
+        "gate_up_proj": dict.fromkeys(("gate_proj", "up_proj"), config.intermediate_size),
+    }
+    for index, layer in enumerate(unstacked(params["layers"], config.num_layers)):
+        name = f"model.layers.{index}"
+        tensors[f"{name}.input_layernorm.weight"] = layer["input_norm"]
+        tensors[f"{name}.post_attention_layernorm.weight"] = layer["post_norm"]
+        for part in ("q_norm", "k_norm") if config.qk_norm else ():
+            tensors[f"{name}.self_attn.{part}.weight"] = layer[part]
+        for part, module in (("attention", "self_attn"), ("mlp", "mlp")):
+            for own, value in layer[part].items():
+                tensors |= _tensors(f"{name}.{module}.{own}", value, sizes.get(own))
+    return {name: np.asarray(array) for name, array in tensors.items()}
+
+
+def _tensors(name: str, linear: Linear, sizes: dict[str, int] | None = None) -> dict[str, Any]:
+    """Weight and bias of a linear, or of those that were fused into it."""
+    if not isinstance(linear.weight, Array):
+        raise ValueError(f"quantize: the weights of model must be float, {name} is packed")
+    prefix, _, own = name.rpartition(".")
+    ends = np.cumsum(list((sizes or {}).values()))[:-1]
+    tensors = {}
+    for kind, value in linear._asdict().items():
+        if value is not None:
+            split = np.split(np.asarray(value), ends) if sizes else [value]
+            for part, array in zip(sizes or (own,), split, strict=True):
+                tensors[f"{prefix}.{part}.{kind}".lstrip(".")] = array
+    return tensors
+
+
+def unstacked(layers: Any, count: int) -> list[dict[str, Any]]:
+    """The layers one by one."""
+    if not isinstance(layers, dict):
+        return list(layers)
+    return [jax.tree.map(lambda leaf, i=index: leaf[i], layers) for index in range(count)]
+
+
+class Recorder:
+    """Inputs of the blocks of a dense decoder, layer by layer, when it reads some tokens.
+
+    Only those of one layer are kept, so blocks must be asked for in the order of their layers.
+
+    Args:
+      params: of `jax_awq.models.decoder`.
+      tokens: batches, int32 (B, T).
+    """
+
+    def __init__(self, params: Mapping[str, Any], config: DecoderConfig, tokens: Sequence[Array]):
+        self.layers = unstacked(params["layers"], config.num_layers)
+        self.config = dataclasses.replace(config, attention="xla")
+        self.hidden = [params["embed"][ids] for ids in tokens]  # before the layer `done`
+        self.done = 0
+        self.seen: list[dict[str, Array]] = []  # of the layer before
+
+    def __call__(self, block: Block) -> list[Array]:
+        _, _, layer, _, name = block.linears[0].split(".")
+        if int(layer) < self.done - 1:
+            raise ValueError(f"quantize: {block.linears[0]} comes after blocks of a later layer")
+        while self.done <= int(layer):
+            window = self.config.window(self.done)
+            run = functools.partial(_recorded, window=window, config=self.config)
+            results = [run(self.layers[self.done], x) for x in self.hidden]
+            self.hidden, self.seen = [y for y, _ in results], [seen for _, seen in results]
+            self.done += 1
+        fused = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj"}.get(name, name)
+        return [seen[fused] for seen in self.seen]
+
+
+@functools.partial(jax.jit, static_argnames=("window", "config"))
+def _recorded(
+    layer: dict[str, Any], x: Array, *, window: int | None, config: DecoderConfig
+) -> tuple[Array, dict[str, Array]]:
+    """What a layer gives, and what each of its linears got."""
+    seen: dict[str, Array] = {}
+
+    def shown(name: str, part: Linear) -> Linear:
+        def multiply(x: Array, *, bias: Array | None, out_dtype: Any) -> Array:
+            seen[name] = x
+            return linear(x, part._replace(bias=bias), out_dtype=out_dtype)
+
+        return part._replace(weight=multiply)
+
+    layer = layer | {
+        kind: {name: shown(name, part) for name, part in layer[kind].items()}
+        for kind in ("attention", "mlp")
+    }
+    y, _ = decoder.block(layer, x, decoder.make_span(x, 0, None, config), None, window, config)
+    return y, seen
 
 
 def _attention(params: Mapping[str, Any], prefix: str, layer: int, config: DecoderConfig) -> Any:

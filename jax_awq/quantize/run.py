@@ -3,14 +3,14 @@
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jax_awq._checks import FLOATS, check_dtype
-from jax_awq.quantize.blocks import Block, check_blocks, weight_of
+from jax_awq.quantize.blocks import Block, check_blocks, decoder_blocks, weight_of
 from jax_awq.quantize.rtn import round_to_nearest
 from jax_awq.quantize.search import search_clip, search_scale
 from jax_awq.quantize.state import State
@@ -28,10 +28,20 @@ def is_clipped(path: str) -> bool:
     return not any(part in name for part in _NOT_CLIPPED)
 
 
+class Quantizable(Protocol):
+    """A model that knows its tensors and can tell what its linears get, as `models.Model`."""
+
+    def quantization(
+        self, tokens: Any
+    ) -> tuple[Mapping[str, Any], Callable[[Block], Iterable[Any]], Sequence[Block]]:
+        """Float tensors, inputs of a block when the model reads `tokens`, and blocks."""
+        ...
+
+
 def quantize(
-    params: Mapping[str, Any],
-    blocks: Sequence[Block],
-    inputs: Callable[[Block], Iterable[Any]],
+    model: Mapping[str, Any] | Quantizable,
+    calibration: Any,
+    blocks: Sequence[Block] | None = None,
     *,
     group_size: int = 128,
     dtype: Any = jnp.float16,
@@ -39,20 +49,22 @@ def quantize(
     folder: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> dict[str, AWQWeight | Array]:
-    """Quantizes the linears of a model with AWQ.
+    """Quantizes the linears of a model with AWQ; also as `jax_awq.quantize`.
 
     For each block the scale of its inputs is searched, folded into its weights and into the op
     before it, then the clip of every group, and the weights are rounded to nearest. Scales are
     searched on the weights as they are given.
 
     Args:
-      params: float tensors by their names in a checkpoint, ``path.weight`` (N, K) with outputs
-        first, ``path.bias`` (N,).
-      blocks: `decoder_blocks`, or others.
-      inputs: function from a block to batches ``(..., K)`` of its input, which the float model has
-        on calibration data. It is called at most once for a block, in their order, but together
-        with the block of `previous` where that is a linear. The batches of a block with an
-        `output` are kept while its scale is searched, those of others are read one by one.
+      model: a dense `jax_awq.models.Model` with float weights; or float tensors by their names in
+        a checkpoint, ``path.weight`` (N, K) with outputs first, ``path.bias`` (N,).
+      calibration: of a model, tokens (B, T) without padding, or several such batches. Of tensors, a
+        function from a block to batches ``(..., K)`` of its input, which the float model has on
+        calibration data, or a dict of them by the first linear of each block. The function is
+        called at most once for a block, in their order, but together with the block of `previous`
+        where that is a linear. The batches of a block with an `output` are kept while its scale
+        is searched, those of others are read one by one.
+      blocks: by default those of the model, or `decoder_blocks` of the tensors.
       group_size: inputs that share one scale, -1 for all of them.
       dtype: of the scales, and of the arithmetic when rounding: float16 as AutoAWQ, or bfloat16,
         float32.
@@ -66,14 +78,21 @@ def quantize(
       under its name, those that scales were folded into in their own dtype.
 
     Raises:
-      ValueError: a tensor that is missing or misshapen, a path in two blocks, or a file of another
-        run; named.
-      TypeError: `dtype` is not one of the three.
+      ValueError: a tensor that is missing or misshapen, a path in two blocks, a block without
+        inputs, or a file of another run; named. A model with packed weights or experts, or tokens
+        that it does not have.
+      TypeError: `dtype` is not one of the three, or `calibration` is neither function nor dict.
       ImportError: rich or safetensors is needed and not installed.
 
     Source: AWQ, arXiv 2306.00978; AutoAWQ 0.2.9, AwqQuantizer.quantize.
     """
     check_dtype("quantize", "dtype", jax.ShapeDtypeStruct((), dtype), *FLOATS)
+    if isinstance(model, Mapping):
+        params, inputs = model, _inputs(calibration)
+        blocks = decoder_blocks(params) if blocks is None else blocks
+    else:
+        params, inputs, own = model.quantization(calibration)
+        blocks = own if blocks is None else blocks
     check_blocks(params, blocks, group_size)
     run = _Run(params, tuple(blocks), inputs, group_size, jnp.dtype(dtype), clip, State(folder))
     result: dict[str, AWQWeight | Array] = dict(params)
@@ -82,6 +101,23 @@ def quantize(
         for path in run.blocks[index].linears:
             del result[f"{path}.weight"]
     return result | run.folded()
+
+
+def _inputs(calibration: Any) -> Callable[[Block], Iterable[Any]]:
+    if callable(calibration):
+        return calibration
+    if not isinstance(calibration, Mapping):
+        raise TypeError(
+            "quantize: calibration of tensors must be a function of a block or a dict of batches, "
+            f"got {type(calibration).__name__}"
+        )
+
+    def inputs(block: Block) -> Iterable[Any]:
+        if block.linears[0] not in calibration:
+            raise ValueError(f"quantize: calibration has no inputs of {block.linears[0]}")
+        return calibration[block.linears[0]]
+
+    return inputs
 
 
 @dataclasses.dataclass

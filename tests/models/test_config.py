@@ -171,6 +171,10 @@ def test_options_that_are_refused(tmp_path):
         models.load(GOLDEN / "tiny-qwen3", layers="stacked")
     with pytest.raises(TypeError, match="dtype must be float16, bfloat16 or float32, got float64"):
         models.load(GOLDEN / "tiny-llama", dtype="float64")
+    with pytest.raises(
+        TypeError, match="load: dtype must be a dtype or the name of one, got 'fp16'"
+    ):
+        models.load(GOLDEN / "tiny-llama", dtype="fp16")
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
         models.load(tmp_path)
     (tmp_path / "config.json").write_text("{")

@@ -1,8 +1,10 @@
 """Blocks whose scales are searched on what attention and MLP give."""
 
 import dataclasses
+import json
 from pathlib import Path
 
+import checkpoints
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ import jax_awq
 from jax_awq import models
 from jax_awq.models import decoder
 from jax_awq.models.layers import rms_norm
+from jax_awq.models.params import assemble
 from jax_awq.quantize import decoder_blocks, quantize
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -72,17 +75,17 @@ def test_quantize(tmp_path):
         return iter(batches(block))
 
     options = {"group_size": GROUP, "folder": tmp_path}
-    result = quantize(params, blocks, inputs, **options)
+    result = quantize(params, inputs, blocks, **options)
     assert asked == [block.linears[0] for block in blocks]  # once, though the search reads twice
-    plain = quantize(params, decoder_blocks(params), batches, group_size=GROUP)
+    plain = quantize(params, batches, decoder_blocks(params), group_size=GROUP)
     norms = [f"model.layers.{i}.input_layernorm.weight" for i in range(config.num_layers)]
     assert any(not np.allclose(result[name], plain[name]) for name in norms)
 
-    again = quantize(params, blocks, lambda block: [], **options)
+    again = quantize(params, lambda block: [], blocks, **options)
     for a, b in zip(jax.tree.leaves(result), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(a, b)
     with pytest.raises(ValueError, match="is of another run"):
-        quantize(params, decoder_blocks(params), batches, **options)
+        quantize(params, batches, decoder_blocks(params), **options)
 
 
 def test_layers_share_a_program():
@@ -104,9 +107,91 @@ def test_errors():
     blocks = models.quantization_blocks(params, config)
     flat = [np.ones((18, 64), np.float32)]
     with pytest.raises(ValueError, match=r"must be \(B, T, H\), got shape \(18, 64\)"):
-        quantize(params, blocks, lambda block: flat, group_size=GROUP)
+        quantize(params, lambda block: flat, blocks, group_size=GROUP)
     moe = models.read_decoder_config(GOLDEN / "tiny-qwen3-moe")
     with pytest.raises(
         ValueError, match=r"config must be of a dense model, got 'qwen3_moe' with 8"
     ):
         models.quantization_blocks(params, dataclasses.replace(moe))
+
+
+# Whole models
+
+
+def write_dense(folder, name):
+    """A golden checkpoint as the float one that it may have been made of."""
+    params, model, config = dense(name)
+    values = json.loads((GOLDEN / name / "config.json").read_text())
+    del values["quantization_config"]
+    checkpoints.write(folder, params, config=None)
+    (folder / "config.json").write_text(json.dumps(values))
+    return params, model, config
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [("tiny-llama", "stacked"), ("tiny-qwen2", "unrolled"), ("tiny-qwen3", "unrolled")],
+)
+def test_model(tmp_path, name, layers, rng):
+    params, packed, config = write_dense(tmp_path, name)
+    model = models.load(tmp_path, dtype="float32", layers=layers)
+    ids = rng.integers(0, config.vocab_size, (4, 24))
+    np.testing.assert_allclose(model.logits(ids), packed.logits(ids), rtol=0, atol=1e-4)
+
+    tensors, inputs, blocks = model.quantization(ids)
+    assert tensors.keys() == params.keys()
+    for key, value in params.items():
+        np.testing.assert_array_equal(tensors[key], value, err_msg=key)
+    last = blocks[-1]
+    assert last.linears == (f"model.layers.{config.num_layers - 1}.mlp.down_proj",)
+    (batch,) = inputs(last)
+    assert batch.shape == (4, 24, config.intermediate_size)
+    with pytest.raises(ValueError, match="comes after blocks of a later layer"):
+        inputs(blocks[0])
+
+    found = jax_awq.quantize(model, [ids[:2], ids[2:]], group_size=GROUP)
+    assert set(found) == set(jax_awq.load_hf(GOLDEN / name))
+    whole = jax_awq.quantize(model, ids, group_size=GROUP, folder=tmp_path / "state")
+    for path in (tmp_path / "state").glob("0000[4-7]*"):
+        path.unlink()
+    again = jax_awq.quantize(model, ids, group_size=GROUP, folder=tmp_path / "state")
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_recorded_inputs_are_those_of_the_model(rng):
+    """What the last linear gets, by its own weight, is what the last layer adds."""
+    _, model, config = dense("tiny-mistral")
+    params, _, _ = dense("tiny-mistral")
+    float_model = models.Model(assemble(dict(as_jax(params)), config), model.config)
+    ids = rng.integers(0, config.vocab_size, (2, 30))
+    tensors, inputs, blocks = float_model.quantization(ids)
+    h = float_model.params["embed"][ids]
+    for layer in range(config.num_layers):
+        qkv, o, gate_up, down = blocks[4 * layer : 4 * layer + 4]
+        (x,) = inputs(qkv)
+        norm = float_model.params["layers"][layer]["input_norm"]
+        np.testing.assert_allclose(x, rms_norm(h, norm, config.norm_eps), rtol=0, atol=1e-4)
+        for block in (o, down):
+            (x,) = inputs(block)
+            h = h + x @ tensors[f"{block.linears[0]}.weight"].T
+        assert inputs(gate_up)[0].shape == (2, 30, config.hidden_size)
+
+
+def as_jax(params):
+    return {name: jnp.asarray(value) for name, value in params.items()}
+
+
+def test_errors_of_models(tmp_path):
+    packed = models.load(GOLDEN / "tiny-llama")
+    with pytest.raises(ValueError, match=r"must be float, model\.layers\.0\..*_proj is packed"):
+        jax_awq.quantize(packed, [[[1, 2]]])
+    moe = models.load(GOLDEN / "tiny-qwen3-moe")
+    with pytest.raises(ValueError, match="quantize: model must be dense, got one of 'qwen3_moe'"):
+        jax_awq.quantize(moe, [[[1, 2]]])
+    write_dense(tmp_path, "tiny-llama")
+    model = models.load(tmp_path, dtype="float32")
+    with pytest.raises(ValueError, match=r"quantize: input_ids must be integers \(B, T\)"):
+        jax_awq.quantize(model, [[1, 2]])
+    with pytest.raises(ValueError, match="has no quantization_config"):
+        jax_awq.load_hf(tmp_path)
