@@ -3,7 +3,7 @@
 # build/gpu, not into the environment.
 #
 #     benchmarks/gpu.sh OUT [build | WHEEL.whl] [test] [sanitize] [ptx]
-#                           [bench] [shapes] [models] [quantize] [int8]
+#                           [bench] [shapes] [models] [quantize] [int8] [w4a8]
 #
 #   build     builds and installs the kernels for the GPU of this machine
 #   WHEEL     installs that wheel
@@ -15,13 +15,14 @@
 #   models    decode.json, generate.json
 #   quantize  quantize_activation.json
 #   int8      int8_matmul.json, int4_matmul.json
+#   w4a8      awq_gemm_w4a8.json, verify.json
 #
 # SITE=<folder with jax_awq and its extension> takes another installation, WORKERS=<n> as many
 # test processes.
 set -uo pipefail
 
 if [ $# -lt 2 ]; then
-  sed -n '2,21s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,22s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
 mkdir -p "$1"
@@ -104,6 +105,16 @@ for word in "$@"; do
         python3 -m jax_awq.bench $op --dtypes float16 --json "$OUT/$op.json" \
           --shapes 2048x2048 4096x4096 14336x4096 8192x28672 --m 1 16 64 256 1024 2048 4096 || exit
       done
+      ;;
+    w4a8)
+      w4a8() {
+        python3 -m jax_awq.bench awq_gemm_w4a8 --dtypes float16 --json "$OUT/awq_gemm_w4a8.json" "$@"
+      }
+      w4a8 &&
+        w4a8 --merge --m 1024 2048 4096 --group-size -1 &&
+        w4a8 --merge --m 64 1024 --group-size 64 &&
+        python3 -m jax_awq verify --awq-model-path tests/golden/llama-awq-gemm-g128 \
+          --json "$OUT/verify.json"
       ;;
     shapes)
       more() { python3 -m jax_awq.bench awq_gemm --json "$OUT/awq_gemm.json" --merge "$@"; }

@@ -24,6 +24,7 @@ from jax_awq.testing import (
     random_weight,
 )
 from jax_awq.testing_integers import random_int_problem
+from jax_awq.testing_w4a8 import CODES, assert_solves, random_w4a8_problem
 
 # M, K, N, group_size, dtype, layout, split_k_iters: 3 can be a cluster, 9 never is one. Where there
 # is a split, there is an activation, too.
@@ -44,13 +45,28 @@ PRODUCTS = (
 # M, K, N: every tile of int8_matmul whole and in part, K that no step divides, sums over splits.
 INTEGER_PRODUCTS = ((3, 17, 7), (70, 1024, 144), (300, 515, 272), (130, 2048, 256))
 
+# M, K, N, group_size, x: tiles of awq_gemm_w4a8 whole and in part, a chunk of 128 in part, rows of
+# a warp and of a block, clusters and more tiles than processors.
+W4A8_PRODUCTS = (
+    (3, 100, 72, -1, jnp.float16),
+    (7, 1024, 288, 128, jnp.float32),
+    (33, 336, 160, -1, jnp.bfloat16),
+    (140, 640, 288, 128, jnp.float16),
+    (130, 128, 17440, 128, jnp.float16),
+    (1030, 256, 160, 128, jnp.float32),
+)
+W4A8_ALSO = ("tma_8x256", "mma_32", "simt", "")  # besides the kernels of codes of one byte
+
 
 def fused_variants(rng) -> list[str]:
     """Those that this device and this build have: `plan` names only what cannot run."""
     problem = random_problem(rng, 1, 64, 64, group_size=32)
     here = jax_awq.plan("awq_gemm", problem.x, problem.weight).refused
     float32 = jax_awq.plan("awq_gemm", problem.x.astype(np.float32), problem.weight).refused
-    return [v for v in float32 if v != "dequantize_dot" and not here.get(v, "").startswith("needs")]
+    others = ("dequantize_dot", "w4a8_")  # of other products
+    return [
+        v for v in float32 if not v.startswith(others) and not here.get(v, "").startswith("needs")
+    ]
 
 
 def main() -> int:
@@ -122,10 +138,59 @@ def main() -> int:
                     np.testing.assert_array_equal(
                         qa.group_sums.sum(1), codes.sum(1, dtype=np.int32)
                     )
+    codes = w4a8_products(rng)
+    print("products of codes by variant:", ", ".join(f"{v or 'any'} {n}" for v, n in codes.items()))
     integers = integer_products(rng)
     print("integer products by variant:", ", ".join(f"{v} {n}" for v, n in integers.items()))
     print("products by variant:", ", ".join(f"{v} {count}" for v, count in ran.items()))
     return 0 if ran and all(ran.values()) else 1
+
+
+def w4a8_products(rng) -> dict[str, int]:
+    """How often each variant of awq_gemm_w4a8 ran; "" is the one that is chosen."""
+    ran: dict[str, int] = {}
+    problem = random_problem(rng, 1, 64, 64, group_size=32)
+    named = jax_awq.plan("awq_gemm", problem.x, problem.weight).refused
+    variants = (*(v for v in named if v.startswith("w4a8_")), *W4A8_ALSO)
+    for m, k, n, group_size, dtype in W4A8_PRODUCTS:
+        for codes in CODES:
+            problem = random_w4a8_problem(
+                rng,
+                m,
+                k,
+                n,
+                codes=codes,
+                group_size=group_size,
+                dtype=dtype,
+                scales_dtype=jnp.float16,
+                bias=True,
+            )
+            inputs = [problem.base.x]
+            if codes != "float8_e4m3fn":
+                inputs.append(problem.quantized())
+            for variant in variants:
+                os.environ["JAX_AWQ_FORCE"] = variant
+                for x in inputs:
+                    try:
+                        y = np.asarray(problem.run(x))
+                    except ValueError as error:
+                        if "cannot run" not in str(error):
+                            raise
+                        continue
+                    chosen = variant or w4a8_kernel(problem, x)
+                    assert_solves(y, problem, chosen)
+                    ran[variant] = ran.get(variant, 0) + 1
+            os.environ["JAX_AWQ_FORCE"] = ""
+    return ran
+
+
+def w4a8_kernel(problem, x) -> str:
+    options = {"out_dtype": str(problem.base.out_dtype or problem.base.x.dtype)}
+    if problem.codes == "int4":
+        return jax_awq.plan("awq_gemm_w4a4", x, problem.base.weight, **options).kernel
+    if x is problem.base.x:
+        options["activation_dtype"] = problem.codes
+    return jax_awq.plan("awq_gemm_w4a8", x, problem.base.weight, **options).kernel
 
 
 def integer_products(rng) -> dict[str, int]:

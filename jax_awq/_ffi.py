@@ -85,6 +85,13 @@ def plan_awq_gemm(**kwargs: Any) -> dict[str, Any]:
     return _ext.plan_awq_gemm(**kwargs)
 
 
+def plan_awq_gemm_w4a8(**kwargs: Any) -> dict[str, Any]:
+    """`_ext.plan_awq_gemm_w4a8`: what the host code of the kernels would launch."""
+    if _ext is None:
+        raise RuntimeError(MISSING)
+    return _ext.plan_awq_gemm_w4a8(**kwargs)
+
+
 def plan_int8_matmul(**kwargs: Any) -> dict[str, Any]:
     """`_ext.plan_int8_matmul`: what the host code of the kernels would launch."""
     if _ext is None:

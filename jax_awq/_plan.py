@@ -12,7 +12,7 @@ import jax
 from jax_awq import _ffi
 from jax_awq._primitive import OPS
 
-Route = Literal["fused", "dequantize_dot", "int8_matmul", "group_products", "reference"]
+Route = Literal["fused", "dequantize_dot", "group_products", "reference"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,10 +21,9 @@ class KernelPlan:
 
     Attributes:
       op: name of the op.
-      route: "fused" (one kernel of ours), "dequantize_dot" (a kernel writes the weight, XLA
-        multiplies), "int8_matmul" (a kernel rounds float activations, XLA writes the codes of the
-        weight as int8, the kernel of int8_matmul multiplies), "group_products" (a kernel rounds the
-        activations, XLA multiplies group by group) or "reference" (plain JAX).
+      route: "fused" (one custom call), "dequantize_dot" (a kernel writes the weight, XLA
+        multiplies), "group_products" (a kernel rounds the activations, XLA multiplies group by
+        group) or "reference" (plain JAX).
       kernel: the kernel variant; "" on the reference route.
       tile: (rows, outputs) of a thread block, () where that has no meaning.
       split_k: blocks that share the sum over K, added in a fixed order.
@@ -34,7 +33,7 @@ class KernelPlan:
       batch_invariant: whether, as asked, a row's bits depend neither on the number of rows nor on
         where among them it stands.
       refused: variant -> why it cannot run.
-      reason: why the reference runs; "" on other routes.
+      reason: why the reference runs, or why kernels get codes of activations as float16; else "".
     """
 
     op: str

@@ -41,3 +41,4 @@ BENCH_PROBLEMS = (
     "qwen3-30b-a3b/qkv_proj",
 )
 BENCH_ROWS = tuple(2**i for i in range(14))  # M = 1, 2, 4, ... 8192
+W4A8_ROWS = (1, 16, 64, 256, 1024, 2048, 4096)

@@ -208,13 +208,14 @@ def assert_close_to_float64(y: Any, problem: Problem) -> None:
     assert_close(y, problem.float64(), problem.reference())
 
 
-def assert_close(actual: Any, exact: np.ndarray, reference: Any) -> None:
+def assert_close(actual: Any, exact: np.ndarray, reference: Any, also: Any = 0) -> None:
     """Asserts the tolerance of this module.
 
     Args:
       actual: the array under test.
       exact: the same in float64.
       reference: the same computed by plain JAX in the dtypes of `actual`.
+      also: an error of each value that is allowed besides.
     """
     assert actual.shape == exact.shape == reference.shape, (
         f"shapes {actual.shape}, {exact.shape}, {reference.shape}"
@@ -227,6 +228,7 @@ def assert_close(actual: Any, exact: np.ndarray, reference: Any) -> None:
     allowed = REFERENCE_ERRORS * np.max(np.abs(reference64 - exact)) + OUTPUT_ULPS * _ulp(
         row, actual.dtype
     )
+    allowed = allowed + also
     error = np.abs(actual64 - exact)
     worst = np.unravel_index(np.argmax(error - allowed), error.shape)
     bad = ~(error <= allowed)  # a NaN is bad

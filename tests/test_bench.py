@@ -146,12 +146,30 @@ def test_command_line_of_dequantize(tmp_path):
     ]
 
 
+def test_command_line_of_w4a8(tmp_path):
+    """Quantization is part of the call; a single group is asked for as -1."""
+    file = tmp_path / "awq_gemm_w4a8.json"
+    command = ["awq_gemm_w4a8", *OPTIONS, str(file), "--m", "2"]
+    assert main(command) == 0
+    assert main([*command, "--group-size", "-1", "--impls", "jax_awq", "--merge"]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    names = ["awq_gemm", "jax_awq", "jax_awq_float8", "xla_dense"]
+    assert sorted((row["group_size"], row["impl"]) for row in rows) == [
+        (-1, "jax_awq"),
+        *((128, name) for name in names),
+    ]
+    assert all(row.keys() == ROW.keys() for row in rows)
+    one = dataclasses.replace(CASE, group_size=-1)
+    assert one.packed_bytes == 256 * 128 // 2 + 128 * 2 + 128 // 2
+
+
 def test_merge_keeps_no_rows_of_another_build(tmp_path):
     file = tmp_path / "old.json"
     dense = ROW | {"impl": "xla_dense"}
     top = report.environment() | {"ceilings": {}, "method": ""}
-    report.write(file, top, [ROW, dense])
-    assert bench.kept(file, top) == [ROW, dense]
+    ours = [ROW, ROW | {"op": "awq_gemm_w4a8", "impl": "awq_gemm"}]
+    report.write(file, top, [*ours, dense])
+    assert bench.kept(file, top) == [*ours, dense]
     assert bench.kept(file, top | {"build_info": {"version": "another"}}) == [dense]
     with pytest.raises(SystemExit, match="has device"):
         bench.kept(file, top | {"device": "another"})

@@ -1,6 +1,7 @@
 """Benchmarks of the ops on the device that JAX finds, and tables of their results.
 
 python -m jax_awq.bench awq_gemm --json OUT.json
+python -m jax_awq.bench awq_gemm_w4a8 --json OUT.json
 python -m jax_awq.bench awq_dequantize --json OUT.json
 python -m jax_awq.bench quantize_activation --json OUT.json
 python -m jax_awq.bench int8_matmul --json OUT.json
@@ -21,7 +22,7 @@ from jax_awq.bench import decode, generate, plot, report
 from jax_awq.bench.impls import IMPLS, can_read
 from jax_awq.bench.run import READ_BYTES_PER_SECOND, run
 from jax_awq.bench.timing import METHOD, MIN_WEIGHT_BYTES
-from jax_awq.problems import BENCH_PROBLEMS, BENCH_ROWS, PROBLEMS, Problem
+from jax_awq.problems import BENCH_PROBLEMS, BENCH_ROWS, PROBLEMS, W4A8_ROWS, Problem
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -89,7 +90,7 @@ def kept(file: Path, top: dict[str, Any]) -> list[report.Row]:
             raise SystemExit(f"--merge: {file} has {name} {old[name]!r}, here it is {top[name]!r}")
     if old["build_info"] == top["build_info"]:
         return old["rows"]
-    return [row for row in old["rows"] if not row["impl"].startswith("jax_awq")]
+    return [row for row in old["rows"] if not row["impl"].startswith(("jax_awq", "awq_gemm"))]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -102,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     for op, impls in IMPLS.items():
         bench = commands.add_parser(op, help=f"time {op} and what it replaces")
         activations = op == "quantize_activation"
+        w4a8 = op == "awq_gemm_w4a8"
         bench.add_argument(
             "--shapes",
             nargs="+",
@@ -109,18 +111,18 @@ def _parser() -> argparse.ArgumentParser:
             metavar="K" if activations else "KxN or model/linear",
             default=[Problem(k, 0) for k in (4096, 8192, 14336, 28672)]
             if activations
-            else [PROBLEMS[name] for name in BENCH_PROBLEMS],
+            else [PROBLEMS[name] for name in BENCH_PROBLEMS[: 4 if w4a8 else None]],
         )
         if op == "awq_dequantize":
             bench.set_defaults(m=[0])
         else:
-            rows = [1024, 4096, 16384] if activations else BENCH_ROWS
+            rows = [1024, 4096, 16384] if activations else W4A8_ROWS if w4a8 else BENCH_ROWS
             bench.add_argument("--m", nargs="+", type=int, default=rows, help="rows of x")
         dtypes = ["float16", "bfloat16"]
         bench.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=dtypes)
         bench.add_argument("--impls", nargs="+", choices=list(impls), help="default: all")
         if op.startswith("awq"):
-            bench.add_argument("--group-size", type=int, default=128)
+            bench.add_argument("--group-size", type=int, default=128, help="-1: a single group")
         else:
             bench.set_defaults(group_size=0 if activations else -1)  # none, or whole columns
         bench.add_argument("--repeats", type=int, default=7)

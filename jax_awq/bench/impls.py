@@ -17,7 +17,10 @@ from jax_awq.ops._int8_matmul_call import unpack
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One row of the benchmark: a (K, N) weight, and x (M, K) or M = 0 where there is none."""
+    """One row of the benchmark: a (K, N) weight, and x (M, K) or M = 0 where there is none.
+
+    group_size is that of the weight, -1 for a single group.
+    """
 
     m: int
     k: int
@@ -26,14 +29,17 @@ class Case:
     dtype: str
 
     @property
+    def groups(self) -> int:
+        return 1 if self.group_size == -1 else self.k // self.group_size
+
+    @property
     def dense_bytes(self) -> int:
         return self.k * self.n * jnp.dtype(self.dtype).itemsize
 
     @property
     def packed_bytes(self) -> int:
         """Of qweight, scales and qzeros."""
-        groups = self.k // self.group_size
-        return self.k * self.n // 2 + groups * self.n * 2 + groups * self.n // 2
+        return self.k * self.n // 2 + self.groups * self.n * 2 + self.groups * self.n // 2
 
     @property
     def activation_bytes(self) -> int:
@@ -83,7 +89,7 @@ class Impl:
 
 def _packed(key: Array, case: Case) -> tuple[Array, ...]:
     keys = jax.random.split(key, 3)
-    groups = case.k // case.group_size
+    groups = case.groups
     return (
         _words(keys[0], (case.k, case.n // 8)),
         jax.random.uniform(keys[1], (groups, case.n), jnp.float32, 0.002, 0.01).astype(
@@ -220,16 +226,29 @@ def _quantize_impl(run: Callable[..., Any], moved: Callable[[Case], int] = _quan
     return Impl(lambda _, a: run(a), _activations, x_bytes, moved, of_rows=True, make_x=_one_row)
 
 
+def _packed_impl(run: Callable[..., Any]) -> Impl:
+    """A product with a packed weight."""
+    return Impl(run, _packed, lambda c: c.packed_bytes, _packed_gemm)
+
+
 _DENSE = Impl(
     jnp.dot, _dense, lambda c: c.dense_bytes, lambda c: c.dense_bytes + c.activation_bytes
+)
+_READ = Impl(
+    read,
+    _packed,
+    lambda c: c.packed_bytes,
+    lambda c: c.packed_bytes,
+    launches=6,
+    takes_x=False,
 )
 
 # By op, then by the name in a row.
 IMPLS: dict[str, dict[str, Impl]] = {
     "awq_gemm": {
-        "jax_awq": Impl(jax_awq.awq_gemm, _packed, lambda c: c.packed_bytes, _packed_gemm),
+        "jax_awq": _packed_impl(jax_awq.awq_gemm),
         "xla_dense": _DENSE,
-        "xla_unpack": Impl(xla_unpack, _packed, lambda c: c.packed_bytes, _packed_gemm),
+        "xla_unpack": _packed_impl(xla_unpack),
         "jax_awq_dx": Impl(
             gradient,
             _packed,
@@ -246,14 +265,17 @@ IMPLS: dict[str, dict[str, Impl]] = {
             make_x=make_dy,
             on_request=True,
         ),
-        "read": Impl(
-            read,
-            _packed,
-            lambda c: c.packed_bytes,
-            lambda c: c.packed_bytes,
-            launches=6,
-            takes_x=False,
+        "read": _READ,
+    },
+    # Quantization of x is included; awq_gemm is the product of the same x that is not rounded.
+    "awq_gemm_w4a8": {
+        "jax_awq": _packed_impl(jax_awq.awq_gemm_w4a8),
+        "jax_awq_float8": _packed_impl(
+            functools.partial(jax_awq.awq_gemm_w4a8, activation_dtype="float8_e4m3fn")
         ),
+        "awq_gemm": _packed_impl(jax_awq.awq_gemm),
+        "xla_dense": _DENSE,
+        "read": _READ,
     },
     "awq_dequantize": {
         "jax_awq": Impl(

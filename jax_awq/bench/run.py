@@ -119,6 +119,6 @@ def _kernel(op: str, impl: str, case: Case, data: list[tuple[Any, ...]]) -> str:
     else:
         x = jax.eval_shape(lambda key: IMPLS[op][impl].make_x(key, case), jax.random.key(0))
         # Of the arrays of an integer product the codes decide.
-        operands = (x, *data[0]) if op == "awq_gemm" else (x[0], data[0][0])
+        operands = (x, *data[0]) if op.startswith("awq_gemm") else (x[0], data[0][0])
     plan = jax_awq.plan(op, *operands)
     return f" ({plan.kernel or plan.route}, split_k {plan.split_k})"

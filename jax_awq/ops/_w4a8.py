@@ -66,7 +66,7 @@ def matmul(
         layout=layout,
         activation=activation,
         out_dtype=out_dtype,
-        variant="reference" if _weight.forced_variant() == "reference" else "",
+        variant=_weight.forced_variant(),
     )
 
 

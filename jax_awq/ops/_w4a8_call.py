@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jax_awq import _ffi
 from jax_awq._packing import weight_size
-from jax_awq._plan import KernelPlan, kernel_plan, reference_plan, target_of, why_reference
+from jax_awq._plan import KernelPlan, kernel_plan, known, reference_plan, target_of, why_reference
 from jax_awq._primitive import OPS
 from jax_awq.ops import _activation, _weight
 from jax_awq.ops._epilogue import epilogue
@@ -133,29 +134,65 @@ def int8_weight(qweight, qzeros=None, *, layout) -> Array:
 
 
 def plan_call(op, device, *operands, **params):
-    x, weight, *_ = operands_of(operands, **params)
+    x, (qweight, scales, *zeros), scale, _ = operands_of(operands, **params)
     (out,) = out_avals(*operands, **params)
-    reason = why_reference(device, target_of(device), params["variant"])
+    target = target_of(device)
+    reason = why_reference(device, target, params["variant"])
     if not reason and any(isinstance(d, int) and d == 0 for d in (*out.shape, x.shape[-1])):
         reason = "an operand or the result is empty"
-    if not reason and params["codes"] == FLOAT8:
-        reason = f"there is no kernel for {FLOAT8} activations"
-    if reason:
+    if reason or target is None:
         return _with_accumulator(reference_plan(op, reason), params)
-    groups = weight[1].shape[-2]
-    refused, found = {"int8_matmul": f"{groups} groups have scales of their own"}, None
-    if groups == 1:
-        found = _plan_int8_matmul(device, operands, params)
-        refused = dict(found.refused)
-    if found is not None and found.route == "fused":
-        return dataclasses.replace(found, op=op, route="int8_matmul")
-    if found is not None:
-        refused["int8_matmul"] = found.reason
-    if is_codes(x):
-        return _with_accumulator(reference_plan(op, refused["int8_matmul"], refused), params)
-    return kernel_plan(
-        op, "quantize_activation", route="group_products", accumulator="int32", refused=refused
+    k, n = weight_size(qweight.shape, params["layout"])
+    if reason := _weight.no_kernel(k, n, params["group_size"]):
+        return _composed(op, x, reason, {}, params)
+    batch = known(out.shape[0]) if len(out.shape) == 3 else 1
+    own_scale = scale is not None and scale.ndim == 2
+    found = _ffi.plan_awq_gemm_w4a8(
+        m=known(out.shape[-2]),
+        n=n,
+        k=k,
+        batch=batch,
+        x_batch=batch if x.ndim == 3 else 1,
+        scale_batch=batch if own_scale else 1,
+        group_size=_group_size(k, params),
+        layout=params["layout"],
+        x_dtype=str(x.dtype),
+        scales_dtype=str(scales.dtype),
+        out_dtype=str(out.dtype),
+        has_zeros=bool(zeros),
+        has_activation=params["activation"] != "none",
+        codes=params["codes"],
+        scale=params["scale"],
+        variant=params["variant"],
+        arch=target.arch,
+        sm_count=target.sm_count,
     )
+    refused = dict(found["refused"])
+    if found["variant"] == "reference":
+        return _composed(op, x, found["reason"], refused, params)
+    fused = kernel_plan(
+        op,
+        found["variant"],
+        tile=tuple(found["tile"]),
+        split_k=found["split_k"],
+        workspace_bytes=found["workspace_bytes"],
+        refused=refused,
+        reason=found["reason"],
+    )
+    return fused if found["as_float16"] else _with_accumulator(fused, params)
+
+
+def _composed(op, x, reason, refused, params) -> KernelPlan:
+    """Of what no fused kernel takes: a kernel that rounds is there for integers alone."""
+    if is_codes(x) or params["codes"] == FLOAT8:
+        plan = reference_plan(op, reason, refused)
+    else:
+        plan = kernel_plan(op, "quantize_activation", route="group_products", refused=refused)
+    return _with_accumulator(plan, params)
+
+
+def _group_size(k, params) -> int:
+    return k if params["group_size"] == -1 else params["group_size"]
 
 
 def _with_accumulator(plan: KernelPlan, params) -> KernelPlan:
@@ -164,42 +201,31 @@ def _with_accumulator(plan: KernelPlan, params) -> KernelPlan:
     )
 
 
-def _plan_int8_matmul(device, operands, params) -> KernelPlan:
-    def run(*operands):
-        x, weight, scale, bias = operands_of(operands, **params)
-        return _int8_operands(*quantize(x, scale, params["codes"]), weight, bias, params)
-
-    shapes = jax.eval_shape(run, *(jax.ShapeDtypeStruct(o.shape, o.dtype) for o in operands))
-    return OPS["int8_matmul"].plan(device, *shapes, **_int8_params(params))
-
-
-def _int8_operands(q, scale, weight, bias, params) -> tuple[Array, ...]:
-    """Operands of `int8_matmul`, for a weight of one group."""
-    qweight, scales, *zeros = weight
-    b = int8_weight(qweight, *zeros, layout=params["layout"])
-    column = scales[..., 0, :].astype(jnp.float32)
-    return q, b, scale, column, *(() if bias is None else (bias,))
-
-
-def _int8_params(params) -> dict[str, Any]:
-    given = [("scale_a", params["scale"] or "row"), ("scale_b", "column")]
-    return {
-        "given": (*given, *[("bias", "column")] * params["has_bias"]),
-        "activation": params["activation"],
-        "out_dtype": params["out_dtype"],
-        "packed": False,
-        "odd": False,
-        "variant": "",
-    }
-
-
 def kernel(op, plan, *operands, codes, **params):
     x, weight, scale, bias = operands_of(operands, **params)
-    q, scale = (x, scale) if is_codes(x) else _quantize_kernel(x, scale, BITS[codes])
     if plan.route == "group_products":
-        return (_finish(q, scale, weight, bias, **params),)
-    operands = _int8_operands(q, scale, weight, bias, params)
-    return OPS["int8_matmul"].kernel(plan, *operands, **_int8_params(params))
+        return (_finish(*_quantize_kernel(x, scale, BITS[codes]), weight, bias, **params),)
+    qweight, scales, *zeros = weight
+    k, _ = weight_size(qweight.shape, params["layout"])
+    (result,) = out_avals(*operands, **params)
+    return (
+        _ffi.call(
+            "awq_gemm_w4a8",
+            result,
+            x,
+            qweight,
+            scales,
+            *(zeros or [jnp.zeros((0,), jnp.int32)]),
+            jnp.zeros((0,), jnp.float32) if scale is None else scale,
+            jnp.zeros((0,), jnp.float32) if bias is None else bias,
+            workspace_bytes=plan.workspace_bytes,
+            group_size=_group_size(k, params),
+            layout=params["layout"],
+            activation=params["activation"],
+            codes=codes,
+            variant=params["variant"],
+        ),
+    )
 
 
 def _quantize_kernel(x, scale, bits: int) -> tuple[Array, Array]:

@@ -81,7 +81,8 @@ def _w4a16(dx, weight, params) -> list[Array]:
         batch_invariant=False,
         transpose=False,
         has_bias=False,
-        variant=params["variant"],
+        # Kernels of codes alone take no float x.
+        variant="" if params["variant"].startswith("w4a8_") else params["variant"],
     )
 
 

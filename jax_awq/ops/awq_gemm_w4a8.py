@@ -29,11 +29,16 @@ def awq_gemm_w4a8(
     The weight stays as AWQ made it. With `sx` the scale of a row, g a group of rows of K, this is
     ``sx * sum_g(s[g] * (sum_k(xq * q) - z[g] * sum_k(xq)))``. The sums of a group are exact
     integers, for groups below 2**20; as float32 they are multiplied by their scales and added in
-    ascending order. Bias and activation are float32, and the result is rounded once.
+    a fixed order. Bias and activation are float32, and the result is rounded once.
+
+    Where `plan` names a kernel that `awq_gemm` has for more than 16 rows (for groups of 32 and 64,
+    or on a GPU other than Hopper), the product is that of the codes with the weight rounded to
+    float16; that is for results of 16 bits alone.
 
     Codes and scales of a float `x` are those of `quantize_activation`, with its treatment of zeros,
     NaN and infinity. With "float8_e4m3fn" a code is ``x / sx`` rounded to that type, `sx` the
-    largest magnitude over 448, and the sums of a group are float32.
+    largest magnitude over 448, and the sums of a group are float32, of which the tensor cores of
+    Hopper keep about 14 bits.
 
     Differentiable in `scales` and `bias`, and in the scale of a `QuantizedActivation`. The
     derivative in a float `x` is straight-through: that of `awq_gemm`, as if `x` were not rounded

@@ -21,6 +21,11 @@ __device__ __forceinline__ float InverseScale(float scale) {
   return scale >= kSmallestScale && scale <= kLargestScale ? __frcp_rn(scale) : 0.0f;
 }
 
+// From -largest to largest; 0 for NaN.
+__device__ __forceinline__ float Saturated(float step, float largest) {
+  return step == step ? fminf(fmaxf(step, -largest), largest) : 0.0f;
+}
+
 // Four codes of |step| <= 127, a byte each, to the nearest, ties to even. With 1.5 * 2^23 added the
 // last bit of a float32 is worth 1, so the addition rounds and the low byte is the code: one
 // instruction at full rate, where a conversion to integer runs at a quarter of it.

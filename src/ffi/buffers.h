@@ -42,6 +42,8 @@ inline std::optional<Activation> ActivationFromName(std::string_view name) {
   return std::nullopt;
 }
 
+using ScaleBuffer = xla::ffi::Buffer<xla::ffi::F32>;
+
 // Checks operands of one call against each other and keeps the batch they agree on.
 class OperandChecker {
  public:
@@ -115,6 +117,18 @@ class OperandChecker {
       for (int64_t d : dims) *stride *= d;
     }
     return xla::ffi::Error::Success();
+  }
+
+  // Checks a scale for each of `size`, or one for all of them; without any nothing is written.
+  xla::ffi::Error Scales(std::string_view name, const ScaleBuffer& buffer, int64_t size,
+                         const float** scale, int64_t* stride, bool* each) {
+    if (buffer.element_count() == 0) return xla::ffi::Error::Success();
+    std::vector<int64_t> dims;
+    bool batched;
+    JAX_AWQ_RETURN_IF_ERROR(Dimensions(name, buffer, 1, &dims, &batched));
+    *each = dims[0] != 1;
+    *scale = buffer.typed_data();
+    return Shape(name, buffer, {*each ? size : 1}, stride);
   }
 
   // Checks the three weight tensors against each other and fills `w`.

@@ -15,7 +15,6 @@
 namespace jax_awq {
 
 using Int8Buffer = xla::ffi::Buffer<xla::ffi::S8>;
-using ScaleBuffer = xla::ffi::Buffer<xla::ffi::F32>;
 
 struct Int8MatmulCall {
   Stream stream;
@@ -28,19 +27,6 @@ struct Int8MatmulCall {
   int64_t k;
   std::string_view activation, variant;
 };
-
-// A scale for each of `size`, or one for all of them.
-inline xla::ffi::Error CheckScale(OperandChecker* check, std::string_view name,
-                                  const ScaleBuffer& buffer, int64_t size, const float** scale,
-                                  int64_t* stride, bool* each) {
-  if (buffer.element_count() == 0) return xla::ffi::Error::Success();
-  std::vector<int64_t> dims;
-  bool batched;
-  JAX_AWQ_RETURN_IF_ERROR(check->Dimensions(name, buffer, 1, &dims, &batched));
-  *each = dims[0] != 1;
-  *scale = static_cast<const float*>(buffer.untyped_data());
-  return check->Shape(name, buffer, {*each ? size : 1}, stride);
-}
 
 inline xla::ffi::Error RunInt8Matmul(const char* op, bool packed, const Int8MatmulCall& call) {
   const auto known_activation = ActivationFromName(call.activation);
@@ -62,12 +48,12 @@ inline xla::ffi::Error RunInt8Matmul(const char* op, bool packed, const Int8Matm
   JAX_AWQ_RETURN_IF_ERROR(check.Shape("a", call.a, {p.m, p.a_columns()}, &buffers.a_stride));
   JAX_AWQ_RETURN_IF_ERROR(check.Shape("b", call.b, {p.b_rows(), p.n}, &buffers.b_stride));
   bool has_each;
-  JAX_AWQ_RETURN_IF_ERROR(CheckScale(&check, "scale_a", call.scale_a, p.m, &buffers.scale_a,
-                                     &buffers.scale_a_stride, &buffers.row_scales));
-  JAX_AWQ_RETURN_IF_ERROR(CheckScale(&check, "scale_b", call.scale_b, p.n, &buffers.scale_b,
-                                     &buffers.scale_b_stride, &buffers.column_scales));
-  JAX_AWQ_RETURN_IF_ERROR(CheckScale(&check, "scale_c", call.scale_c, 1, &buffers.scale_c,
-                                     &buffers.scale_c_stride, &has_each));
+  JAX_AWQ_RETURN_IF_ERROR(check.Scales("scale_a", call.scale_a, p.m, &buffers.scale_a,
+                                       &buffers.scale_a_stride, &buffers.row_scales));
+  JAX_AWQ_RETURN_IF_ERROR(check.Scales("scale_b", call.scale_b, p.n, &buffers.scale_b,
+                                       &buffers.scale_b_stride, &buffers.column_scales));
+  JAX_AWQ_RETURN_IF_ERROR(check.Scales("scale_c", call.scale_c, 1, &buffers.scale_c,
+                                       &buffers.scale_c_stride, &has_each));
   if (call.bias.element_count() > 0) {
     JAX_AWQ_RETURN_IF_ERROR(check.Shape("bias", call.bias, {p.n}, &buffers.bias_stride));
     JAX_AWQ_RETURN_IF_ERROR(check.Float("bias", call.bias, &buffers.bias_dtype));

@@ -5,8 +5,11 @@
 
 #include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "kernels/awq_gemm.h"
+#include "kernels/awq_gemm_w4a8.h"
 #include "kernels/int8_matmul.h"
 
 #ifdef JAX_AWQ_CUDA
@@ -93,6 +96,23 @@ Layout ParseLayout(const std::string& name) {
   throw std::invalid_argument("unknown layout " + name);
 }
 
+nb::dict RefusedDict(const std::vector<std::pair<std::string, std::string>>& refused) {
+  nb::dict reasons;
+  for (const auto& [name, reason] : refused) reasons[name.c_str()] = reason;
+  return reasons;
+}
+
+template <typename Plan>
+nb::dict PlanDict(const Plan& plan) {
+  nb::dict result;
+  result["variant"] = plan.variant;
+  result["tile"] = nb::make_tuple(plan.tile_tokens, plan.tile_outputs);
+  result["split_k"] = plan.split_k;
+  result["workspace_bytes"] = plan.workspace_bytes;
+  result["refused"] = RefusedDict(plan.refused);
+  return result;
+}
+
 nb::dict PlanGemm(int64_t m, int64_t n, int64_t k, int64_t batch, int64_t group_size,
                   const std::string& layout, const std::string& x_dtype,
                   const std::string& scales_dtype, const std::string& out_dtype, bool has_zeros,
@@ -115,16 +135,8 @@ nb::dict PlanGemm(int64_t m, int64_t n, int64_t k, int64_t batch, int64_t group_
   problem.batch_invariant = batch_invariant;
   problem.variant = variant;
   const AwqGemmPlan plan = PlanAwqGemm(problem, Device{EffectiveArch(arch), sm_count});
-
-  nb::dict refused;
-  for (const auto& [name, reason] : plan.refused) refused[name.c_str()] = reason;
-  nb::dict result;
-  result["variant"] = plan.variant;
-  result["tile"] = nb::make_tuple(plan.tile_tokens, plan.tile_outputs);
-  result["split_k"] = plan.split_k;
-  result["workspace_bytes"] = plan.workspace_bytes;
+  nb::dict result = PlanDict(plan);
   result["microseconds"] = plan.microseconds;
-  result["refused"] = refused;
   return result;
 }
 
@@ -138,16 +150,43 @@ nb::dict PlanInt8(int64_t m, int64_t n, int64_t k, int64_t batch, int64_t a_batc
   problem.a_batch = a_batch;
   problem.packed = packed;
   problem.variant = variant;
-  const Int8MatmulPlan plan = PlanInt8Matmul(problem, Device{EffectiveArch(arch), sm_count});
+  return PlanDict(PlanInt8Matmul(problem, Device{EffectiveArch(arch), sm_count}));
+}
 
-  nb::dict refused;
-  for (const auto& [name, reason] : plan.refused) refused[name.c_str()] = reason;
-  nb::dict result;
+nb::dict PlanW4A8(int64_t m, int64_t n, int64_t k, int64_t batch, int64_t x_batch,
+                  int64_t scale_batch, int64_t group_size, const std::string& layout,
+                  const std::string& x_dtype, const std::string& scales_dtype,
+                  const std::string& out_dtype, bool has_zeros, bool has_activation,
+                  const std::string& codes, const std::string& scale, const std::string& variant,
+                  int arch, int sm_count) {
+  AwqGemmW4A8Problem problem;
+  problem.m = m;
+  problem.n = n;
+  problem.k = k;
+  problem.batch = batch;
+  problem.x_batch = x_batch;
+  problem.scale_batch = scale_batch;
+  problem.group_size = group_size;
+  problem.layout = ParseLayout(layout);
+  problem.x_dtype = x_dtype == "int8" ? DType::kS8 : ParseDType(x_dtype);
+  problem.scales_dtype = ParseDType(scales_dtype);
+  problem.out_dtype = ParseDType(out_dtype);
+  problem.has_zeros = has_zeros;
+  problem.has_activation = has_activation;
+  const auto known_codes = CodesFromName(codes);
+  if (!known_codes) throw std::invalid_argument("unknown codes " + codes);
+  problem.codes = *known_codes;
+  if (scale == "row") problem.scale = GivenScale::kForEachRow;
+  if (scale == "one") problem.scale = GivenScale::kOne;
+  problem.variant = variant;
+  const AwqGemmW4A8Plan plan = PlanAwqGemmW4A8(problem, Device{EffectiveArch(arch), sm_count});
+
+  nb::dict result = PlanDict(plan.gemm);
   result["variant"] = plan.variant;
-  result["tile"] = nb::make_tuple(plan.tile_tokens, plan.tile_outputs);
-  result["split_k"] = plan.split_k;
   result["workspace_bytes"] = plan.workspace_bytes;
-  result["refused"] = refused;
+  result["refused"] = RefusedDict(plan.refused);
+  result["reason"] = plan.reason;
+  result["as_float16"] = plan.problem.x_dtype == DType::kF16;
   return result;
 }
 
@@ -166,6 +205,12 @@ NB_MODULE(_ext, m) {
         "has_activation"_a, "transpose"_a, "split_k"_a, "batch_invariant"_a = false, "variant"_a,
         "arch"_a, "sm_count"_a,
         "Which kernel would run an awq_gemm. Raises ValueError for a forced one that cannot.");
+  m.def("plan_awq_gemm_w4a8", &jax_awq::PlanW4A8, nb::kw_only(), "m"_a, "n"_a, "k"_a, "batch"_a,
+        "x_batch"_a, "scale_batch"_a, "group_size"_a, "layout"_a, "x_dtype"_a, "scales_dtype"_a,
+        "out_dtype"_a, "has_zeros"_a, "has_activation"_a, "codes"_a, "scale"_a, "variant"_a,
+        "arch"_a, "sm_count"_a,
+        "Which kernel would run an awq_gemm_w4a8, and on which codes. Raises ValueError for a "
+        "forced one that cannot.");
   m.def(
       "plan_int8_matmul", &jax_awq::PlanInt8, nb::kw_only(), "m"_a, "n"_a, "k"_a, "batch"_a,
       "a_batch"_a, "packed"_a, "variant"_a, "arch"_a, "sm_count"_a,

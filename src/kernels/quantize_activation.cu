@@ -1,27 +1,13 @@
-// Codes of activations. Memory is everything: x is read once, in 16-byte vectors, and between its
-// largest value and its codes a row stays in registers.
+// Codes of activations. Memory is everything: x is read once.
 
 #include "kernels/quantize_activation.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <type_traits>
-
-#include "device/codes.cuh"
+#include "device/activation_rows.cuh"
 
 namespace jax_awq {
 namespace {
-
-// Vectors of a row that a thread can hold in registers. With many rows each thread takes as many:
-// its loads are in flight together, and a row of few warps leaves room for other rows, which load
-// while this one stores. With 4, a row of 28672 would have a whole SM; with 16 there are spills.
-template <bool kAligned>
-constexpr int kVectors = kAligned ? 8 : 4;
-constexpr int64_t kManyRows = 1024;  // enough to fill the device; with fewer, latency counts
-constexpr int kMaxWarps = 32;
-constexpr int kSmallRowWarps = 4;  // rows in a block where one warp has a row
 
 struct Params {
   QuantizeActivationProblem problem;
@@ -29,9 +15,6 @@ struct Params {
   int group_shift;  // a group is the vectors of 1 << group_shift threads; -1: it is the row
   int64_t groups;   // of a row
 };
-
-template <typename T>
-constexpr int kWidth = 16 / sizeof(T);
 
 template <typename T>
 struct Row {
@@ -44,92 +27,6 @@ struct Row {
   uint8_t* q;
   int32_t* group_sums;  // no address where none are wanted
 };
-
-// Vector `index` of a row, zeros past the end. kAligned: every vector is full and can be moved as a
-// whole; else elements are moved one by one.
-template <typename T, bool kAligned>
-__device__ __forceinline__ uint4 LoadVector(const T* row, int index, int64_t k) {
-  if constexpr (kAligned) {
-    return __ldg(reinterpret_cast<const uint4*>(row) + index);
-  } else {
-    const int64_t first = static_cast<int64_t>(index) * kWidth<T>;
-    uint32_t words[4] = {};
-#pragma unroll
-    for (int i = 0; i < kWidth<T>; ++i) {
-      if (first + i >= k) continue;
-      if constexpr (sizeof(T) == 2) {
-        const uint32_t bits = __ldg(reinterpret_cast<const uint16_t*>(row) + first + i);
-        words[i / 2] |= bits << (i % 2 * 16);
-      } else {
-        words[i] = __ldg(reinterpret_cast<const uint32_t*>(row) + first + i);
-      }
-    }
-    return make_uint4(words[0], words[1], words[2], words[3]);
-  }
-}
-
-// Magnitudes are compared as integers, which orders floats, infinity and, above it, NaN alike.
-// Halves of 16-bit types are kept apart.
-template <typename T>
-__device__ __forceinline__ uint32_t LargestBits(const uint4& v, uint32_t seen) {
-  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if constexpr (sizeof(T) == 2) {
-      seen = __vmaxu2(seen, words[i] & 0x7fff7fffu);
-    } else {
-      seen = max(seen, words[i] & 0x7fffffffu);
-    }
-  }
-  return seen;
-}
-
-__device__ __forceinline__ uint32_t WarpMax(uint32_t v) {
-#if __CUDA_ARCH__ >= 800
-  return __reduce_max_sync(kAllLanes, v);
-#else
-  for (int distance = 16; distance > 0; distance /= 2) {
-    v = max(v, __shfl_xor_sync(kAllLanes, v, distance));
-  }
-  return v;
-#endif
-}
-
-__device__ __forceinline__ int WarpSum(int v) {
-  for (int distance = 16; distance > 0; distance /= 2) {
-    v += __shfl_xor_sync(kAllLanes, v, distance);
-  }
-  return v;
-}
-
-template <typename T>
-__device__ __forceinline__ float FloatOf(uint32_t bits) {
-  if constexpr (std::is_same_v<T, __half>) {
-    return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
-  } else {
-    return __uint_as_float(sizeof(T) == 2 ? bits << 16 : bits);
-  }
-}
-
-template <typename T>
-__device__ __forceinline__ void ToFloats(const uint4& v, float (&f)[kWidth<T>]) {
-  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if constexpr (sizeof(T) == 2) {
-      f[2 * i] = FloatOf<T>(words[i] & 0xffffu);
-      f[2 * i + 1] = FloatOf<T>(words[i] >> 16);
-    } else {
-      f[i] = FloatOf<T>(words[i]);
-    }
-  }
-}
-
-// One store: a uint2 the compiler stores as two words, one of them shared with another branch, and
-// half-written sectors would cost twice.
-__device__ __forceinline__ void StoreEightBytes(uint8_t* to, uint32_t a, uint32_t b) {
-  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(a), "r"(b) : "memory");
-}
 
 // Stores the codes of a vector and returns their sum. All are masked with `keep`: 0 makes them 0
 // whatever x is.
@@ -182,66 +79,35 @@ __device__ __forceinline__ void StoreGroupSum(const Params& p, int32_t* row, int
   }
 }
 
-// A scale for every row, which a warp has, or else a block. What 32 warps cannot hold is read
-// again, from the L2 cache.
+// A scale for every row, which a warp has, or else a block.
 template <typename T, bool kAligned>
 __global__ void __launch_bounds__(32 * kMaxWarps)
     QuantizeRowsKernel(const __grid_constant__ Params p, bool warp_has_row) {
   __shared__ uint32_t largest_of[kMaxWarps];
   __shared__ int sum_of[kMaxWarps];
-  const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32;
-  const int warps = blockDim.x / 32;
-  const int thread = warp_has_row ? lane : threadIdx.x;
-  const int team = warp_has_row ? 32 : blockDim.x;
-  const int64_t row = warp_has_row ? static_cast<int64_t>(blockIdx.x) * warps + warp : blockIdx.x;
-  if (row >= p.problem.rows) return;  // whole warps, and only where there is no barrier below
-  const Row<T> at(p, row);
+  const RowTeam team(warp_has_row);
+  if (team.row >= p.problem.rows) return;  // whole warps, and only where there is no barrier below
+  const Row<T> at(p, team.row);
   const bool packed = p.problem.bits == 4;
-  const int held = kVectors<kAligned> * team;
+  HeldRow<T, kAligned> row(at.x, p.vectors, p.problem.k, team);
+  const uint32_t seen = team.Max(row.LoadLargest(), largest_of);
 
-  uint4 v[kVectors<kAligned>];
-  const auto load = [&](int first) {
-#pragma unroll
-    for (int j = 0; j < kVectors<kAligned>; ++j) {
-      const int index = first + j * team + thread;
-      v[j] = index < p.vectors ? LoadVector<T, kAligned>(at.x, index, p.problem.k)
-                               : make_uint4(0, 0, 0, 0);
-    }
-  };
-  uint32_t seen = 0;
-  for (int first = held;; first += held) {
-    const bool more = first < p.vectors;
-    load(more ? first : 0);  // the first vectors last: these stay
-#pragma unroll
-    for (int j = 0; j < kVectors<kAligned>; ++j) seen = LargestBits<T>(v[j], seen);
-    if (!more) break;
-  }
-  if constexpr (sizeof(T) == 2) seen = max(seen & 0xffffu, seen >> 16);
-  seen = WarpMax(seen);
-  if (!warp_has_row) {
-    if (lane == 0) largest_of[warp] = seen;
-    __syncthreads();
-    seen = WarpMax(lane < warps ? largest_of[lane] : 0u);
-  }
-
-  float scale = __fmul_rn(FloatOf<T>(seen), packed ? 1.0f / 7.0f : 1.0f / 127.0f);
-  if (scale < kSmallestScale) scale = 0.0f;  // NaN and infinity stay
+  const float scale = ScaleOf(FloatOf<T>(seen), packed ? 1.0f / 7.0f : 1.0f / 127.0f);
   const float inverse = InverseScale(scale);
   const uint32_t keep = inverse == 0.0f ? 0u : ~0u;
-  if (thread == 0) p.problem.row_scale[row] = scale;
+  if (team.thread == 0) p.problem.row_scale[team.row] = scale;
 
   const bool by_group = p.problem.group_sums && p.group_shift >= 0;
   int total = 0;
-  for (int first = 0; first < p.vectors; first += held) {
-    if (first > 0) load(first);
+  for (int first = 0; first < p.vectors; first += row.step) {
+    if (first > 0) row.Load(first);
 #pragma unroll
-    for (int j = 0; j < kVectors<kAligned>; ++j) {
-      const int index = first + j * team + thread;
+    for (int j = 0; j < row.kCount; ++j) {
+      const int index = row.Index(first, j);
       int sum = 0;
       if (index < p.vectors) {
         float step[kWidth<T>];
-        ToFloats<T>(v[j], step);
+        ToFloats<T>(row.v[j], step);
         // None has to be saturated: the largest step is 127 or 7, up to rounding.
 #pragma unroll
         for (int i = 0; i < kWidth<T>; ++i) step[i] = __fmul_rn(step[i], inverse);
@@ -252,13 +118,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
     }
   }
   if (!p.problem.group_sums || by_group) return;
-  total = WarpSum(total);
-  if (!warp_has_row) {
-    if (lane == 0) sum_of[warp] = total;
-    __syncthreads();
-    total = WarpSum(lane < warps ? sum_of[lane] : 0);
-  }
-  if (thread == 0) at.group_sums[0] = total;
+  total = team.Sum(total, sum_of);
+  if (team.thread == 0) at.group_sums[0] = total;
 }
 
 // Scales that are given, for all columns or for each.
@@ -303,8 +164,7 @@ __global__ void __launch_bounds__(kTileThreads)
         ToFloats<T>(v[j], step);
 #pragma unroll
         for (int i = 0; i < kWidth<T>; ++i) {
-          const float s = __fmul_rn(step[i], inverse[i]);
-          step[i] = s == s ? fminf(fmaxf(s, -largest), largest) : 0.0f;
+          step[i] = Saturated(__fmul_rn(step[i], inverse[i]), largest);
         }
         sum = StoreCodes<T, kAligned>(at.q, tile.index, p.problem.k, packed, step, ~0u);
       }
@@ -323,14 +183,10 @@ template <typename T, bool kAligned>
 const char* LaunchAligned(const Params& p, Stream stream) {
   const QuantizeActivationProblem& problem = p.problem;
   if (!problem.scale) {
-    const int per_warp = 32 * (problem.rows < kManyRows ? 1 : kVectors<kAligned>);
-    const int wanted = p.vectors / per_warp + (p.vectors % per_warp != 0);
-    const bool warp_has_row = wanted <= 1;
-    const int warps = warp_has_row ? kSmallRowWarps : std::min(wanted, kMaxWarps);
-    const int64_t blocks = warp_has_row ? (problem.rows + warps - 1) / warps : problem.rows;
-    if (blocks > kMaxBlocks) return "x has too many rows";
+    const RowBlocks rows(problem.rows, p.vectors, kVectors<kAligned>);
+    if (rows.blocks > kMaxBlocks) return "x has too many rows";
     QuantizeRowsKernel<T, kAligned>
-        <<<static_cast<unsigned>(blocks), 32 * warps, 0, stream>>>(p, warp_has_row);
+        <<<static_cast<unsigned>(rows.blocks), rows.threads, 0, stream>>>(p, rows.warp_has_row);
   } else {
     const ColumnTiles tiles(problem.rows, p.vectors);
     if (tiles.blocks > kMaxBlocks) return "x has too many rows";
