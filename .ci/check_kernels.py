@@ -20,16 +20,12 @@ SOURCES = {
     "awq_gemm_mma_f16.cu": 0,
     "awq_gemm_simt.cu": 0,
     "awq_gemm_tma_bf16.cu": 0,
+    "awq_gemm_tma_e4m3.cu": 0,
     "awq_gemm_tma_f16.cu": 0,
-<<<<<<< HEAD
+    "awq_gemm_tma_s8.cu": 0,
+    "awq_gemm_w4a8.cu": 0,
     "awq_gemm_wgmma_bf16.cu": 0,
     "awq_gemm_wgmma_f16.cu": 0,
-=======
-    # wgmma_16, the only kernel of two CTAs a processor here: addresses, not sums.
-    "awq_gemm_wgmma_bf16.cu": 12,
-    "awq_gemm_wgmma_f16.cu": 12,
-    "awq_gemm_w4a8.cu": 0,
->>>>>>> w4a8-host
     "awq_dequantize.cu": 0,
     "dequantize_activation.cu": 0,
     "int8_matmul.cu": 0,
