@@ -83,7 +83,8 @@ class W4A8Problem:
         """Every step in float32, and the result in the dtype that is asked for.
 
         Args:
-          rounded_weight: the product is one of `x` with the dequantized weight in float16.
+          rounded_weight: the product is one of `x` with the dequantized weight in 16 bits: bfloat16
+            where its scales are, else float16.
         """
         result = self._result(np.float32, rounded_weight)
         return result.astype(self.base.out_dtype or self.base.x.dtype)
@@ -111,8 +112,9 @@ class W4A8Problem:
         *batch, k, n = weight.shape
         rows = q.astype(np.float64).reshape(*batch, math.prod(q.shape[len(batch) : -1]), k)
         if rounded_weight:
-            halves = dequantize_float64(weight).astype(np.float16)
-            total = rows.astype(dtype) @ halves.astype(dtype)
+            bf16 = weight.scales.dtype == jnp.bfloat16
+            rounded = dequantize_float64(weight).astype(jnp.bfloat16 if bf16 else np.float16)
+            total = rows.astype(dtype) @ rounded.astype(dtype)
         else:
             total = self._group_products(rows, dtype)
         wide = np.broadcast_to(sx, (*q.shape[:-1], 1)).reshape(*rows.shape[:-1], 1)

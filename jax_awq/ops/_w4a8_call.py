@@ -179,7 +179,7 @@ def plan_call(op, device, *operands, **params):
         refused=refused,
         reason=found["reason"],
     )
-    return fused if found["as_float16"] else _with_accumulator(fused, params)
+    return fused if found["as_floats"] else _with_accumulator(fused, params)
 
 
 def _composed(op, x, reason, refused, params) -> KernelPlan:

@@ -186,7 +186,7 @@ nb::dict PlanW4A8(int64_t m, int64_t n, int64_t k, int64_t batch, int64_t x_batc
   result["workspace_bytes"] = plan.workspace_bytes;
   result["refused"] = RefusedDict(plan.refused);
   result["reason"] = plan.reason;
-  result["as_float16"] = plan.problem.x_dtype == DType::kF16;
+  result["as_floats"] = SizeOf(plan.problem.x_dtype) == 2;
   return result;
 }
 

@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "device/activation_rows.cuh"
+#include "device/epilogue.cuh"
 #include "device/ptx.cuh"
 
 namespace jax_awq {
@@ -26,8 +27,8 @@ struct Params {
   bool row_scales;  // `scale` has an entry for each row
   float largest;    // code
   float largest_inverse;
-  uint8_t* q;             // (entries, M, K) codes, a byte each or float16; nullptr: not wanted
-  bool halves;            // q is float16
+  uint8_t* q;             // (entries, M, K) codes; nullptr: not wanted
+  DType q_dtype;          // kS8 for a byte each, or float16 or bfloat16
   float* row_scale;       // (entries, M), or nullptr
   uint2* chunk_sums;      // (entries, M, chunk_columns), or nullptr
   int64_t chunk_columns;  // four bfloat16 each
@@ -54,6 +55,15 @@ __device__ __forceinline__ __half2 TwoHalves(uint32_t pair) {
     const uint32_t biased = __byte_perm(pair ^ 0x8080u, 0x64u, 0x4140);
     return __hsub2(reinterpret_cast<const __half2&>(biased), __float2half2_rn(1152.0f));
   }
+}
+
+// The same in either of the 16-bit types, exact in both.
+template <bool kFloat8>
+__device__ __forceinline__ uint32_t TwoFloats(uint32_t pair, DType dtype) {
+  const __half2 halves = TwoHalves<kFloat8>(pair);
+  if (dtype == DType::kF16) return reinterpret_cast<const uint32_t&>(halves);
+  const float2 values = __half22float2(halves);
+  return PackPair(values.x, values.y, DType::kBF16);
 }
 
 template <bool kFloat8>
@@ -93,13 +103,13 @@ __device__ __forceinline__ void CodesOf(const Params& p, const uint4& v, float i
   }
 }
 
-// Stores vector `index` of a row of bytes, or of float16.
+// Stores vector `index` of a row of codes.
 template <typename T, bool kAligned, bool kFloat8>
-__device__ __forceinline__ void Store(uint8_t* row, int index, int64_t k, bool halves,
+__device__ __forceinline__ void Store(uint8_t* row, int index, int64_t k, DType q_dtype,
                                       const uint32_t (&codes)[kWidth<T> / 4]) {
   constexpr int kWords = kWidth<T> / 4;
   const int64_t first = static_cast<int64_t>(index) * kWidth<T>;
-  if (!halves) {
+  if (q_dtype == DType::kS8) {
     if constexpr (!kAligned) {
 #pragma unroll
       for (int i = 0; i < kWidth<T>; ++i) {
@@ -115,10 +125,8 @@ __device__ __forceinline__ void Store(uint8_t* row, int index, int64_t k, bool h
   uint32_t out[2 * kWords];
 #pragma unroll
   for (int i = 0; i < kWords; ++i) {
-    const __half2 a = TwoHalves<kFloat8>(codes[i] & 0xffffu);
-    const __half2 b = TwoHalves<kFloat8>(codes[i] >> 16);
-    out[2 * i] = reinterpret_cast<const uint32_t&>(a);
-    out[2 * i + 1] = reinterpret_cast<const uint32_t&>(b);
+    out[2 * i] = TwoFloats<kFloat8>(codes[i] & 0xffffu, q_dtype);
+    out[2 * i + 1] = TwoFloats<kFloat8>(codes[i] >> 16, q_dtype);
   }
   uint8_t* to = row + 2 * first;
   if constexpr (!kAligned) {
@@ -181,7 +189,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
   }
   const float inverse = InverseScale(scale);
   const uint32_t keep = inverse == 0.0f ? 0u : ~0u;
-  uint8_t* q = p.q + at * p.k * (p.halves ? 2 : 1);
+  uint8_t* q = p.q + at * p.k * SizeOf(p.q_dtype);
   uint2* chunk_sums = p.chunk_sums + at * p.chunk_columns;
   if (team.thread == 0) {
     if (p.row_scale) p.row_scale[at] = scale;
@@ -199,7 +207,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
       if (index < p.vectors) {
         uint32_t codes[kWidth<T> / 4];
         CodesOf<T, kFloat8>(p, row.v[j], inverse, keep, codes);
-        if (p.q) Store<T, kAligned, kFloat8>(q, index, p.k, p.halves, codes);
+        if (p.q) Store<T, kAligned, kFloat8>(q, index, p.k, p.q_dtype, codes);
 #pragma unroll
         for (uint32_t four : codes) sum = AddFour<kFloat8>(four, sum);
       }
@@ -261,10 +269,11 @@ const char* LaunchAwqGemmW4A8(const AwqGemmW4A8Problem& problem, const AwqGemmW4
               : problem.codes == Codes::kInt4 ? 7.0f
                                               : 448.0f;
   p.largest_inverse = 1.0f / p.largest;
-  p.halves = plan.problem.x_dtype == DType::kF16;
+  const bool bytes = SizeOf(plan.problem.x_dtype) == 1;
+  p.q_dtype = bytes ? DType::kS8 : plan.problem.x_dtype;
   if (plan.copies_codes) p.q = reinterpret_cast<uint8_t*>(workspace);
   if (!p.row_scales) p.row_scale = reinterpret_cast<float*>(workspace + plan.row_scale_at);
-  if (!p.halves) p.chunk_sums = reinterpret_cast<uint2*>(workspace + plan.chunk_sums_at);
+  if (bytes) p.chunk_sums = reinterpret_cast<uint2*>(workspace + plan.chunk_sums_at);
   p.chunk_columns = ChunkSumColumns(p.k) / 4;
   if (const char* error = LaunchCodes(p, problem, plan.code_batch, stream)) return error;
 

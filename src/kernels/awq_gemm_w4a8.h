@@ -44,8 +44,8 @@ struct AwqGemmW4A8Problem {
 
 struct AwqGemmW4A8Plan {
   std::string variant;     // gemm.variant, or "reference"
-  std::string reason;      // for codes as float16, or for the reference
-  AwqGemmProblem problem;  // of x_dtype kS8 or kE4M3, or kF16 for codes as float16
+  std::string reason;      // for codes as floats, or for the reference
+  AwqGemmProblem problem;  // of x_dtype kS8 or kE4M3, or a float of 16 bits
   AwqGemmPlan gemm;
   int64_t code_batch = 1;    // batch entries with codes, sums and scales of their own
   bool copies_codes = true;  // into the workspace; otherwise they are x

@@ -1,5 +1,5 @@
-// What the kernel of awq_gemm gets: codes of one byte, or the same codes as float16. Pure host
-// code, so that it can be asked without a GPU.
+// What the kernel of awq_gemm gets: codes of one byte, or the same codes as floats of 16 bits,
+// which are exact. Pure host code, so that it can be asked without a GPU.
 
 #include <algorithm>
 #include <cstdint>
@@ -12,7 +12,7 @@ namespace {
 
 constexpr char kOp[] = "awq_gemm_w4a8";
 
-// Up to so many rows reading the weight takes longer than multiplying, in float16, too.
+// Up to so many rows reading the weight takes longer than multiplying, as floats, too.
 constexpr int64_t kFewRows = 16;
 // Rows of x up to which the kernel without tensor cores is better than none.
 constexpr int64_t kSimtRows = 32;
@@ -24,7 +24,7 @@ bool StartsWith(const std::string& text, std::string_view start) {
 bool TakesBytes(const std::string& variant) { return StartsWith(variant, "w4a8_"); }
 
 // Whether a kernel of awq_gemm multiplies codes of the weight and then scales the sums of a group.
-// Others round (q - z) * s to float16 first, which the sums of integers are not to see.
+// Others round (q - z) * s to 16 bits first, which the sums of integers are not to see.
 bool KeepsGroupSums(const std::string& variant) {
   return TakesBytes(variant) || StartsWith(variant, "decode_") || variant == "tma_8x256" ||
          variant == "tma_16x256";
@@ -50,6 +50,11 @@ AwqGemmProblem Product(const AwqGemmW4A8Problem& p, DType x_dtype) {
   return product;
 }
 
+// Floats of 16 bits that codes can be: kernels want scales to be of them, too, or float16.
+DType FloatsFor(const AwqGemmW4A8Problem& p) {
+  return p.scales_dtype == DType::kBF16 ? DType::kBF16 : DType::kF16;
+}
+
 // The plan for codes as `x_dtype`; its variant is "reference" where no kernel takes them.
 AwqGemmW4A8Plan PlanFor(const AwqGemmW4A8Problem& p, DType x_dtype, const Device& device,
                         size_t workspace_limit) {
@@ -59,12 +64,12 @@ AwqGemmW4A8Plan PlanFor(const AwqGemmW4A8Problem& p, DType x_dtype, const Device
   // Where codes and their scales are given, a batch of scales needs no batch of anything.
   const bool own_scales = !codes_are_x || !p.has_row_scales();
   plan.code_batch = std::max(p.x_batch, own_scales ? p.scale_batch : 1);
-  plan.copies_codes = !codes_are_x || x_dtype == DType::kF16;
+  plan.copies_codes = !codes_are_x || SizeOf(x_dtype) == 2;
   const size_t rows = static_cast<size_t>(plan.code_batch) * p.m;
   plan.row_scale_at = Aligned(plan.copies_codes ? rows * p.k * SizeOf(x_dtype) : 0);
   plan.chunk_sums_at = plan.row_scale_at + Aligned(p.has_row_scales() ? 0 : rows * sizeof(float));
   plan.gemm_at =
-      plan.chunk_sums_at + Aligned(x_dtype == DType::kF16 ? 0 : rows * ChunkSumColumns(p.k) * 2);
+      plan.chunk_sums_at + Aligned(SizeOf(x_dtype) == 2 ? 0 : rows * ChunkSumColumns(p.k) * 2);
   if (plan.gemm_at > workspace_limit) {
     plan.variant = "reference";
     plan.reason = "the workspace has less than " + std::to_string(plan.gemm_at) + " bytes";
@@ -74,16 +79,19 @@ AwqGemmW4A8Plan PlanFor(const AwqGemmW4A8Problem& p, DType x_dtype, const Device
   plan.variant = plan.gemm.variant;
   plan.workspace_bytes = plan.gemm_at + plan.gemm.workspace_bytes;
   if (plan.gemm.kernel == AwqGemmKernel::kNone ||
-      TakesBytes(plan.variant) != (x_dtype != DType::kF16)) {
+      TakesBytes(plan.variant) != (SizeOf(x_dtype) == 1)) {
     plan.variant = "reference";
     plan.reason = plan.gemm.refused.empty() ? "" : plan.gemm.refused.back().second;
   }
   return plan;
 }
 
-// Why a plan for codes as float16 is not taken unless it is forced, or nullptr.
-const char* HalvesUnwanted(const AwqGemmW4A8Problem& p, const AwqGemmW4A8Plan& plan) {
+// Why a plan for codes as floats is not taken unless it is forced, or nullptr.
+const char* FloatsUnwanted(const AwqGemmW4A8Problem& p, const AwqGemmW4A8Plan& plan) {
   if (KeepsGroupSums(plan.variant)) return nullptr;
+  if (plan.problem.x_dtype == DType::kBF16 && p.out_dtype != DType::kBF16) {
+    return "it rounds weights to bfloat16, and the result has more bits";
+  }
   if (SizeOf(p.out_dtype) != 2) {
     return "it rounds weights to float16, and the result is float32";
   }
@@ -93,16 +101,18 @@ const char* HalvesUnwanted(const AwqGemmW4A8Problem& p, const AwqGemmW4A8Plan& p
   return nullptr;
 }
 
-const char* WhyHalves(const AwqGemmW4A8Problem& p) {
-  if (!p.variant.empty()) return "codes are multiplied as float16: the variant is forced";
+const char* WhyFloats(const AwqGemmW4A8Problem& p) {
+  if (!p.variant.empty()) return "codes are multiplied as 16-bit floats: the variant is forced";
   if (p.m <= kFewRows) {
-    return "codes are multiplied as float16: for up to 16 rows of x the weight decides the time";
+    return "codes are multiplied as 16-bit floats: for up to 16 rows of x the weight decides the "
+           "time";
   }
   if (p.group_size == 32 || p.group_size == 64) {
-    return "codes are multiplied as float16: to scale the sums of groups below 128 would cost more "
+    return "codes are multiplied as 16-bit floats: to scale the sums of groups below 128 would "
+           "cost more "
            "than tensor cores of one byte save";
   }
-  return "codes are multiplied as float16: no kernel takes them as they are";
+  return "codes are multiplied as 16-bit floats: no kernel takes them as they are";
 }
 
 }  // namespace
@@ -125,38 +135,38 @@ AwqGemmW4A8Plan PlanAwqGemmW4A8(const AwqGemmW4A8Problem& p, const Device& devic
   }
   if (!p.variant.empty()) {
     const bool bytes = TakesBytes(p.variant);
-    AwqGemmW4A8Plan plan = PlanFor(p, bytes ? byte : DType::kF16, device, workspace_limit);
+    AwqGemmW4A8Plan plan = PlanFor(p, bytes ? byte : FloatsFor(p), device, workspace_limit);
     if (plan.variant == "reference") {
       throw std::invalid_argument(std::string(kOp) + ": variant " + p.variant +
                                   " cannot run: " + plan.reason);
     }
-    if (!bytes) plan.reason = WhyHalves(p);
+    if (!bytes) plan.reason = WhyFloats(p);
     plan.refused = plan.gemm.refused;
     return plan;
   }
 
   AwqGemmW4A8Plan bytes = PlanFor(p, byte, device, workspace_limit);
-  AwqGemmW4A8Plan halves = PlanFor(p, DType::kF16, device, workspace_limit);
+  AwqGemmW4A8Plan floats = PlanFor(p, FloatsFor(p), device, workspace_limit);
   // Of each kernel what it says to the codes it is made for.
   for (const auto& refusal : bytes.gemm.refused) {
     if (TakesBytes(refusal.first)) none.refused.push_back(refusal);
   }
-  for (const auto& refusal : halves.gemm.refused) {
+  for (const auto& refusal : floats.gemm.refused) {
     if (!TakesBytes(refusal.first)) none.refused.push_back(refusal);
   }
   const bool can_bytes = bytes.variant != "reference";
-  bool can_halves = halves.variant != "reference";
-  if (!can_halves) none.reason = halves.reason;
-  if (can_halves) {
-    if (const char* why = HalvesUnwanted(p, halves)) {
-      none.refused.emplace_back(halves.variant, why);
+  bool can_floats = floats.variant != "reference";
+  if (!can_floats) none.reason = floats.reason;
+  if (can_floats) {
+    if (const char* why = FloatsUnwanted(p, floats)) {
+      none.refused.emplace_back(floats.variant, why);
       none.reason = why;
-      can_halves = false;
+      can_floats = false;
     }
   }
-  const bool few = can_halves && p.m <= kFewRows && KeepsGroupSums(halves.variant);
-  AwqGemmW4A8Plan plan = can_bytes && !few ? bytes : can_halves ? halves : none;
-  if (can_halves && (few || !can_bytes)) plan.reason = WhyHalves(p);
+  const bool few = can_floats && p.m <= kFewRows && KeepsGroupSums(floats.variant);
+  AwqGemmW4A8Plan plan = can_bytes && !few ? bytes : can_floats ? floats : none;
+  if (can_floats && (few || !can_bytes)) plan.reason = WhyFloats(p);
   plan.refused = std::move(none.refused);
   return plan;
 }

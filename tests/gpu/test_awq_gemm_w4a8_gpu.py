@@ -38,8 +38,8 @@ OF_BYTES = (
     (300, 4096, 160, -1, {"dtype": F32, "scales_dtype": BF16, "activation": "gelu_tanh"}),
     (700, 512, 4224, 128, {}),  # more tiles than processors
 )
-# For those of float16 codes, too: other layouts, group sizes and an odd K.
-OF_HALVES = (
+# For those of codes as floats, too: other layouts, group sizes and an odd K.
+OF_FLOATS = (
     *OF_BYTES[1:4],
     (1, 4096, 1024, 128, {"bias": True}),
     (3, 96, 8, 32, {"symmetric": True, "layout": "oc_major"}),
@@ -50,6 +50,8 @@ OF_HALVES = (
     (129, 512, 136, 128, {"layout": "gemv", "bias": True, "out_dtype": F32}),
     (64, 515, 400, -1, {"symmetric": True, "out_dtype": F32}),
     (260, 1152, 1056, 32, {"dtype": F32, "scales_dtype": F16}),
+    (8, 1024, 288, 128, {"dtype": BF16, "bias": True}),
+    (40, 512, 160, 64, {"dtype": BF16}),
 )
 GRANULARITIES = (("token", False), ("tensor", False), ("tensor", True))
 
@@ -159,15 +161,15 @@ def test_every_kernel_of_bytes_runs_enough():
 
 @pytest.mark.parametrize("variant", FUSED)
 @pytest.mark.parametrize("codes", ["int8", "float8_e4m3fn"])
-@cases(OF_HALVES)
-def test_kernels_of_float16_codes(force, case, codes, variant):
+@cases(OF_FLOATS)
+def test_kernels_of_codes_as_floats(force, case, codes, variant):
     p = problem_of(case, codes)
     check_forced(force, variant, p, p.base.x)
     if codes != "float8_e4m3fn" and variant in ("simt", "tma_8x256"):
         check_forced(force, variant, p, p.quantized())
 
 
-@pytest.mark.parametrize("variant", ["w4a8_32x256", "w4a8_96x128", "tma_16x256", "simt"])
+@pytest.mark.parametrize("variant", ["w4a8_32x256", "w4a8_128x128", "tma_16x256", "simt"])
 @pytest.mark.parametrize(("granularity", "static"), GRANULARITIES)
 @every_codes
 @pytest.mark.parametrize("batch", [(), (3,)])
@@ -212,7 +214,7 @@ def test_integers_are_exact(force, m, k, group_size, symmetric, codes, variant):
 
 @pytest.mark.parametrize(("granularity", "static"), GRANULARITIES)
 @every_codes
-@cases(OF_HALVES + OF_BYTES[4:])
+@cases(OF_FLOATS + OF_BYTES[4:])
 def test_what_is_chosen(case, codes, granularity, static):
     p = problem_of(case, codes, (), granularity, static)
     check(p, p.base.x, planned(p, p.base.x))

@@ -50,7 +50,7 @@ VARIANTS = (
     "simt",
 )
 # Of awq_gemm_w4a8 alone.
-OF_CODES = ("w4a8_32x256", "w4a8_64x256", "w4a8_96x128", "w4a8_256x128")
+OF_CODES = ("w4a8_32x256", "w4a8_64x256", "w4a8_128x128", "w4a8_256x128")
 TRANSPOSED = tuple(v for v in VARIANTS if not v.startswith(("decode", "tma", "stream")))
 
 

@@ -66,7 +66,7 @@ def planned(monkeypatch):
             "workspace_bytes": WORKSPACE,
             "refused": {"decode_8": "more than 8 rows of x"},
             "reason": "",
-            "as_float16": False,
+            "as_floats": False,
         }
 
     monkeypatch.setattr(
@@ -206,7 +206,7 @@ def test_plan(codes, sums):
 @needs_plan
 @pytest.mark.parametrize("codes", CODES)
 @pytest.mark.parametrize("group_size", [32, 64, 128, -1])
-def test_few_rows_are_multiplied_as_float16(codes, group_size):
+def test_few_rows_are_multiplied_as_floats(codes, group_size):
     options = {} if codes == "int4" else {"activation_dtype": codes}
     for m, kernel in ((1, "tma_8x256"), (8, "tma_8x256"), (16, "tma_16x256")):
         for out_dtype in ("float16", "float32"):  # they keep the sums of groups
@@ -346,7 +346,7 @@ def test_a_variant_that_cannot_run_is_an_error(monkeypatch):
     monkeypatch.setenv("JAX_AWQ_FORCE", "mma_64")
     found = plan("awq_gemm_w4a8", x, weight, device="sm_80", out_dtype="float32")
     assert (found.route, found.kernel) == ("fused", "mma_64")
-    assert found.reason == "codes are multiplied as float16: the variant is forced"
+    assert found.reason == "codes are multiplied as 16-bit floats: the variant is forced"
 
 
 @needs_plan
