@@ -57,7 +57,7 @@ def planned(m, k, n, **changes):
         ({"arch": 75, "sm_count": 40}, {"simt"}),
         ({"scales_dtype": "bfloat16"}, {"simt"}),
     ],
-    ids=str,
+    ids=["tma", "oc_major", "transpose", "sm_80", "sm_75", "bfloat16_scales"],
 )
 @pytest.mark.parametrize(("k", "n"), [*SHAPES, (2048, 5120), (128, 32)])
 def test_rows_share_one_family_and_one_split(k, n, changes, kernels):

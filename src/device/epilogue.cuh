@@ -224,17 +224,17 @@ class RowScales {
     for (int i = 0; i < kCount; ++i) rows_[i] = p.RowScale(token0 + 32 * i + threadIdx.x % 32);
   }
 
-  // Multiplies what a lane has of the tile: acc[4 b + 2 h + i] is of token 8 b + 2 t + i.
-  __device__ __forceinline__ void Multiply(float (&acc)[kTokens / 2]) const {
+  // Multiplies what a lane has of a block of eight tokens, v[2 h + i] of token 2 t + i. All lanes
+  // of a warp ask for the same block.
+  __device__ __forceinline__ void Multiply(unsigned block, float* v) const {
+    float own = rows_[0];
 #pragma unroll
-    for (int b = 0; b < kTokens / 8; ++b) {
-      const int token = b % 4 * 8 + threadIdx.x % 4 * 2;
+    for (int i = 1; i < kCount; ++i) own = block / 4 == i ? rows_[i] : own;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float scale = __shfl_sync(~0u, rows_[b / 4], token + i);
-        acc[4 * b + i] *= scale;
-        acc[4 * b + 2 + i] *= scale;
-      }
+    for (int i = 0; i < 2; ++i) {
+      const float scale = __shfl_sync(~0u, own, block % 4 * 8 + threadIdx.x % 4 * 2 + i);
+      v[i] *= scale;
+      v[i + 2] *= scale;
     }
   }
 

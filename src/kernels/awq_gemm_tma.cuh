@@ -207,13 +207,16 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
       }
       continue;
     }
-    if (p.buffers.row_scale) {
-#pragma unroll
-      for (int j = 0; j < kTiles; ++j) row_scales.Multiply(acc[j]);
-    }
     const int64_t output0 = (static_cast<int64_t>(column) * members + member) * Tile::kOutputs;
     const int64_t token = static_cast<int64_t>(row) * kTokens + 2 * t + g % 2;
     if (!params.exchange) {
+      if (p.buffers.row_scale) {
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+          for (int b = 0; b < kTokens / 8; ++b) row_scales.Multiply(b, acc[j] + 4 * b);
+        }
+      }
       const HalfWord<kTiles> half(epilogue, output0 + 8 * consumer.lane.word, consumer.lane.byte,
                                   g % 2);
 #pragma unroll
@@ -295,7 +298,12 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
           const float4& sum = sums[u * kUnitTiles + j];
           v[j][0] = sum.x, v[j][1] = sum.y, v[j][2] = sum.z, v[j][3] = sum.w;
         }
-        half.template Store<true>(epilogue, v, token + unit / (kWarpUnits * Tile::kTeamWarps) * 8);
+        const unsigned block = unit / (kWarpUnits * Tile::kTeamWarps);
+        if (p.buffers.row_scale) {
+#pragma unroll
+          for (int j = 0; j < kUnitTiles; ++j) row_scales.Multiply(block, v[j]);
+        }
+        half.template Store<true>(epilogue, v, token + 8 * block);
       }
     }
     if (p.cluster || members > 1) {  // nobody leaves while others read its memory, or arrive at it
