@@ -50,16 +50,22 @@ record_tests() { # file, then what pytest is told
   python3 benchmarks/record_gpu_tests.py "$OUT/$1" -q -n "$WORKERS" "${@:2}"
 }
 
-sanitize() {
-  local tool log errors
-  local failed=0 results=()
-  for tool in memcheck racecheck initcheck synccheck; do
-    log=$OUT/$tool.log
+sanitize() { # the tools side by side: their instrumentation takes most of the time
+  local tool log errors code
+  local failed=0 results=() tools=(memcheck racecheck initcheck synccheck)
+  for tool in "${tools[@]}"; do
     local options=(--tool "$tool" --error-exitcode 99)
     # XLA asks the driver for things that it may not have, and goes on without.
     if [ "$tool" = memcheck ]; then options+=(--report-api-errors no --padding 256); fi
-    compute-sanitizer "${options[@]}" python3 benchmarks/sanitize.py >"$log" 2>&1
-    local code=$?
+    (
+      compute-sanitizer "${options[@]}" python3 benchmarks/sanitize.py >"$OUT/$tool.log" 2>&1
+      echo $? >"$OUT/$tool.code"
+    ) &
+  done
+  wait
+  for tool in "${tools[@]}"; do
+    log=$OUT/$tool.log
+    code=$(cat "$OUT/$tool.code")
     errors=$(sed -nE 's/.*(ERROR|RACECHECK) SUMMARY: ([0-9]+) .*/\2/p' "$log" | tail -1)
     echo "$tool: ${errors:-no summary,} errors, exit code $code"
     results+=("$tool=${errors:-null},$code")
