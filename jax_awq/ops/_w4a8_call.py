@@ -68,7 +68,8 @@ def quantize(x, scale, codes: str) -> tuple[Array, Array]:
         scale = scale_of(_activation.absmax_of(x, axis=-1), codes)
     if codes == FLOAT8:
         steps = _activation.steps_of(x, scale[..., None], _LARGEST_FLOAT8)
-        return steps.astype(jnp.float8_e4m3fn), scale
+        # Where it sees the way back to float32, XLA may leave out both conversions on a GPU.
+        return lax.optimization_barrier(steps.astype(jnp.float8_e4m3fn)), scale
     return _activation.codes_of(x, scale[..., None], BITS[codes]), scale
 
 

@@ -29,11 +29,13 @@ def awq_gemm_w4a8(
     The weight stays as AWQ made it. With `sx` the scale of a row, g a group of rows of K, this is
     ``sx * sum_g(s[g] * (sum_k(xq * q) - z[g] * sum_k(xq)))``. The sums of a group are exact
     integers, for groups below 2**20; as float32 they are multiplied by their scales and added in
-    a fixed order. Bias and activation are float32, and the result is rounded once.
+    a fixed order. Bias and activation are float32, and the result is rounded once. A kernel that
+    gets the codes as floats of 16 bits (`plan` says so) sums in float32: exact below 2**24, which
+    only a single group of more than 8800 rows can exceed.
 
     Where `plan` names a kernel that `awq_gemm` has for more than 16 rows (for groups of 32 and 64,
     or on a GPU other than Hopper), the product is that of the codes with the weight rounded to
-    float16; that is for results of 16 bits alone.
+    16 bits; that is for results of 16 bits alone.
 
     Codes and scales of a float `x` are those of `quantize_activation`, with its treatment of zeros,
     NaN and infinity. With "float8_e4m3fn" a code is ``x / sx`` rounded to that type, `sx` the
