@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
+import numpy as np
 
 from jax_awq import _ffi
 from jax_awq._primitive import OPS
@@ -81,7 +82,7 @@ def plan(op: str, *args: Any, device: jax.Device | str | None = None, **kwargs: 
         raise ValueError(f"plan: op must be one of {sorted(OPS)}, got {op!r}")
     device = jax.devices()[0] if device is None else device
     public = getattr(importlib.import_module(f"jax_awq.ops.{op}"), op)
-    static = {k: v for k, v in kwargs.items() if not hasattr(v, "shape")}
+    static = {k: v for k, v in kwargs.items() if isinstance(v, np.dtype) or not hasattr(v, "shape")}
     arrays = {k: v for k, v in kwargs.items() if k not in static}
     jaxpr = jax.make_jaxpr(functools.partial(public, **static))(*args, **arrays)
     eqn = next(_equations(jaxpr.jaxpr, f"jax_awq.{op}"))

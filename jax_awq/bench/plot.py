@@ -50,7 +50,7 @@ def draw(
         import matplotlib
     except ImportError:
         raise SystemExit(
-            "plot needs matplotlib, which is not installed: pip install jax_awq[plot]"
+            "plot needs matplotlib, which is not installed: pip install 'jax_awq[plot]'"
         ) from None
     matplotlib.use("agg")
     from matplotlib import pyplot

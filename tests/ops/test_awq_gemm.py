@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jax_awq import AWQWeight, awq_gemm
+from jax_awq import AWQWeight, awq_gemm, plan
 from jax_awq.testing import (
     Problem,
     assert_close_to_float64,
@@ -197,3 +197,9 @@ def test_without_zeros_eight_is_the_zero():
 
 def _run(problem):
     return problem.run(), problem
+
+
+def test_plan_takes_a_numpy_dtype(rng):
+    p = random_problem(rng, 3, 64, 64, group_size=32)
+    found = plan("awq_gemm", p.x, p.weight, out_dtype=np.dtype("float32"))
+    assert found == plan("awq_gemm", p.x, p.weight, out_dtype="float32")
