@@ -34,7 +34,8 @@ class KernelPlan:
       batch_invariant: whether, as asked, a row's bits depend neither on the number of rows nor on
         where among them it stands.
       refused: variant -> why it cannot run.
-      reason: why the reference runs, or why kernels get codes of activations as float16; else "".
+      reason: why no fused kernel runs, or why one gets codes of activations as 16-bit floats; else
+        "".
     """
 
     op: str

@@ -188,7 +188,9 @@ def _composed(op, x, reason, refused, params) -> KernelPlan:
     if is_codes(x) or params["codes"] == FLOAT8:
         plan = reference_plan(op, reason, refused)
     else:
-        plan = kernel_plan(op, "quantize_activation", route="group_products", refused=refused)
+        plan = kernel_plan(
+            op, "quantize_activation", route="group_products", refused=refused, reason=reason
+        )
     return _with_accumulator(plan, params)
 
 
