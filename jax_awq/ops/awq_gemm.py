@@ -66,7 +66,8 @@ def awq_gemm(
         however many rows `x` has and wherever it stands among them, on one GPU model, build and
         sharding (sums over devices, where K is split over them, are XLA's and not promised). All
         numbers of rows then share one order of sums and one division of K, which takes longer, most
-        for up to 16 rows. Where no kernel runs, rows are multiplied one after the other, which is slow.
+        for up to 16 rows. Where no kernel runs, rows are multiplied one after the other, which is
+        slow.
       out_dtype: float16, bfloat16 or float32; default that of `x`.
 
       `qweight`, `scales`, `qzeros` and `bias` may have one leading batch dimension E (stacked
