@@ -59,7 +59,7 @@ class Int8Consumer {
         fragments_.Get(s, a[s % 2]);
         PinRegisters(a[s % 2]);  // or its bytes are picked behind the fence
         WgmmaFence();
-        WgmmaBytes<int8_t, kTokens>(acc, a[s % 2], tokens + 2 * s);
+        Wgmma<int8_t, kTokens>(acc, a[s % 2], tokens + 2 * s);
         WgmmaCommit();
       }
       previous = stage;
