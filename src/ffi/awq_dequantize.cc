@@ -25,10 +25,7 @@ ffi::Error AwqDequantize(Stream stream, ffi::Buffer<ffi::S32> qweight, ffi::AnyB
   if (w->element_count() == 0) return ffi::Error::Success();
   if (p.batch > 65535) return InvalidArgument(kOp, ": more than 65535 batch entries");
   p.w = w->untyped_data();
-  if (const char* error = LaunchAwqDequantize(p, stream)) {
-    return ffi::Error::Internal(std::string(kOp) + ": " + error);
-  }
-  return ffi::Error::Success();
+  return Launched(kOp, LaunchAwqDequantize(p, stream));
 }
 
 }  // namespace

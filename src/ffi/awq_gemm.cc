@@ -3,8 +3,6 @@
 
 #include "kernels/awq_gemm.h"
 
-#include <stdexcept>
-
 #include "ffi/buffers.h"
 #include "ffi/status.h"
 #include "xla/ffi/api/ffi.h"
@@ -50,11 +48,7 @@ ffi::Error AwqGemm(Stream stream, int32_t device_ordinal, ffi::AnyBuffer x,
   p.m = dims[0];
   JAX_AWQ_RETURN_IF_ERROR(check.Shape("x", x, {p.m, p.contraction()}, &buffers.x_stride));
   JAX_AWQ_RETURN_IF_ERROR(check.Float("x", x, &p.x_dtype));
-  if (bias.element_count() > 0) {
-    JAX_AWQ_RETURN_IF_ERROR(check.Shape("bias", bias, {p.outputs()}, &buffers.bias_stride));
-    JAX_AWQ_RETURN_IF_ERROR(check.Float("bias", bias, &buffers.bias_dtype));
-    buffers.bias = bias.untyped_data();
-  }
+  JAX_AWQ_RETURN_IF_ERROR(check.Bias(bias, p.outputs(), &buffers));
   JAX_AWQ_RETURN_IF_ERROR(check.Result("y", *y, {p.m, p.outputs()}));
   JAX_AWQ_RETURN_IF_ERROR(check.Float("y", *y, &p.out_dtype));
   p.batch = check.batch();
@@ -66,23 +60,13 @@ ffi::Error AwqGemm(Stream stream, int32_t device_ordinal, ffi::AnyBuffer x,
   buffers.activation = *known_activation;
   // Shapes imply the alignment that the tensor core kernels count on, unless a caller other than
   // XLA passes an odd base.
-  for (const void* base : {buffers.x, weight.qweight, weight.scales, weight.qzeros,
-                           static_cast<const void*>(buffers.y)}) {
-    if (reinterpret_cast<uintptr_t>(base) % 16) p.variant = "simt";
+  if (!Aligned({buffers.x, weight.qweight, weight.scales, weight.qzeros, buffers.y})) {
+    p.variant = "simt";
   }
-  try {
-    const AwqGemmPlan plan =
-        PlanAwqGemm(p, DescribeDevice(device_ordinal), workspace->size_bytes());
-    if (plan.variant == "reference") {
-      return InvalidArgument(kOp, ": no kernel takes this call: ", plan.refused.back().second);
-    }
-    if (const char* error = LaunchAwqGemm(p, plan, buffers, stream)) {
-      return ffi::Error::Internal(std::string(kOp) + ": " + error);
-    }
-  } catch (const std::invalid_argument& e) {
-    return ffi::Error::InvalidArgument(e.what());
-  }
-  return ffi::Error::Success();
+  return PlanAndLaunch(
+      kOp, [&] { return PlanAwqGemm(p, DescribeDevice(device_ordinal), workspace->size_bytes()); },
+      [](const AwqGemmPlan& plan) { return plan.refused.back().second; },
+      [&](const AwqGemmPlan& plan) { return LaunchAwqGemm(p, plan, buffers, stream); });
 }
 
 }  // namespace

@@ -3,8 +3,6 @@
 
 #include "kernels/awq_gemm_w4a8.h"
 
-#include <stdexcept>
-
 #include "ffi/buffers.h"
 #include "ffi/status.h"
 #include "xla/ffi/api/ffi.h"
@@ -59,11 +57,7 @@ ffi::Error AwqGemmW4A8(Stream stream, int32_t device_ordinal, ffi::AnyBuffer x,
   } else {
     JAX_AWQ_RETURN_IF_ERROR(check.Float("x", x, &p.x_dtype));
   }
-  if (bias.element_count() > 0) {
-    JAX_AWQ_RETURN_IF_ERROR(check.Shape("bias", bias, {p.n}, &buffers.bias_stride));
-    JAX_AWQ_RETURN_IF_ERROR(check.Float("bias", bias, &buffers.bias_dtype));
-    buffers.bias = bias.untyped_data();
-  }
+  JAX_AWQ_RETURN_IF_ERROR(check.Bias(bias, p.n, &buffers));
   JAX_AWQ_RETURN_IF_ERROR(check.Result("y", *y, {p.m, p.n}));
   JAX_AWQ_RETURN_IF_ERROR(check.Float("y", *y, &p.out_dtype));
   p.batch = check.batch();
@@ -75,25 +69,16 @@ ffi::Error AwqGemmW4A8(Stream stream, int32_t device_ordinal, ffi::AnyBuffer x,
   buffers.y = y->untyped_data();
   buffers.workspace = workspace->untyped_data();
   buffers.activation = *known_activation;
-  // XLA aligns its buffers; another caller's may lie anywhere, which this kernel takes.
-  for (const void* base :
-       {weight.qweight, weight.scales, weight.qzeros, static_cast<const void*>(buffers.y)}) {
-    if (reinterpret_cast<uintptr_t>(base) % 16) p.variant = "simt";
+  // Only codes that are given may be read where they are: others go into the workspace first.
+  const void* codes_given = p.x_dtype == DType::kS8 ? buffers.x : nullptr;
+  if (!Aligned({codes_given, weight.qweight, weight.scales, weight.qzeros, buffers.y})) {
+    p.variant = "simt";
   }
-  if (p.x_dtype == DType::kS8 && reinterpret_cast<uintptr_t>(buffers.x) % 16) p.variant = "simt";
-  try {
-    const AwqGemmW4A8Plan plan =
-        PlanAwqGemmW4A8(p, DescribeDevice(device_ordinal), workspace->size_bytes());
-    if (plan.variant == "reference") {
-      return InvalidArgument(kOp, ": no kernel takes this call: ", plan.reason);
-    }
-    if (const char* error = LaunchAwqGemmW4A8(p, plan, buffers, stream)) {
-      return ffi::Error::Internal(std::string(kOp) + ": " + error);
-    }
-  } catch (const std::invalid_argument& e) {
-    return ffi::Error::InvalidArgument(e.what());
-  }
-  return ffi::Error::Success();
+  return PlanAndLaunch(
+      kOp,
+      [&] { return PlanAwqGemmW4A8(p, DescribeDevice(device_ordinal), workspace->size_bytes()); },
+      [](const AwqGemmW4A8Plan& plan) { return plan.reason; },
+      [&](const AwqGemmW4A8Plan& plan) { return LaunchAwqGemmW4A8(p, plan, buffers, stream); });
 }
 
 }  // namespace

@@ -42,6 +42,12 @@ inline std::optional<Activation> ActivationFromName(std::string_view name) {
   return std::nullopt;
 }
 
+// As tensor core kernels count on. XLA aligns its buffers; another caller's may lie anywhere.
+inline bool Aligned(std::initializer_list<const void*> bases) {
+  return std::none_of(bases.begin(), bases.end(),
+                      [](const void* base) { return reinterpret_cast<uintptr_t>(base) % 16; });
+}
+
 using ScaleBuffer = xla::ffi::Buffer<xla::ffi::F32>;
 
 // Checks operands of one call against each other and keeps the batch they agree on.
@@ -169,6 +175,16 @@ class OperandChecker {
       JAX_AWQ_RETURN_IF_ERROR(Shape("qzeros", qzeros, {groups, w->n / 8}, &w->qzeros_stride));
       w->qzeros = qzeros.untyped_data();
     }
+    return xla::ffi::Error::Success();
+  }
+
+  // Checks the bias of `size` outputs; without one nothing is written.
+  template <typename Buffers>
+  xla::ffi::Error Bias(const xla::ffi::AnyBuffer& bias, int64_t size, Buffers* buffers) {
+    if (bias.element_count() == 0) return xla::ffi::Error::Success();
+    JAX_AWQ_RETURN_IF_ERROR(Shape("bias", bias, {size}, &buffers->bias_stride));
+    JAX_AWQ_RETURN_IF_ERROR(Float("bias", bias, &buffers->bias_dtype));
+    buffers->bias = bias.untyped_data();
     return xla::ffi::Error::Success();
   }
 

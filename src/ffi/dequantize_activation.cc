@@ -31,10 +31,7 @@ ffi::Error DequantizeActivation(Stream stream, ffi::Buffer<ffi::S8> q, ffi::Buff
   p.q = q.untyped_data();
   p.scale = scale.typed_data();
   p.x = x->untyped_data();
-  if (const char* error = LaunchDequantizeActivation(p, stream)) {
-    return ffi::Error::Internal(std::string(kOp) + ": " + error);
-  }
-  return ffi::Error::Success();
+  return Launched(kOp, LaunchDequantizeActivation(p, stream));
 }
 
 }  // namespace

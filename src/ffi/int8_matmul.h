@@ -4,7 +4,6 @@
 
 #include "kernels/int8_matmul.h"
 
-#include <stdexcept>
 #include <string>
 #include <string_view>
 
@@ -54,11 +53,7 @@ inline xla::ffi::Error RunInt8Matmul(const char* op, bool packed, const Int8Matm
                                        &buffers.scale_b_stride, &buffers.column_scales));
   JAX_AWQ_RETURN_IF_ERROR(check.Scales("scale_c", call.scale_c, 1, &buffers.scale_c,
                                        &buffers.scale_c_stride, &has_each));
-  if (call.bias.element_count() > 0) {
-    JAX_AWQ_RETURN_IF_ERROR(check.Shape("bias", call.bias, {p.n}, &buffers.bias_stride));
-    JAX_AWQ_RETURN_IF_ERROR(check.Float("bias", call.bias, &buffers.bias_dtype));
-    buffers.bias = call.bias.untyped_data();
-  }
+  JAX_AWQ_RETURN_IF_ERROR(check.Bias(call.bias, p.n, &buffers));
   JAX_AWQ_RETURN_IF_ERROR(check.Result("y", call.y, {p.m, p.n}));
   buffers.raw = call.y.element_type() == xla::ffi::DataType::S32;
   if (!buffers.raw) JAX_AWQ_RETURN_IF_ERROR(check.Float("y", call.y, &buffers.out_dtype));
@@ -75,23 +70,14 @@ inline xla::ffi::Error RunInt8Matmul(const char* op, bool packed, const Int8Matm
   buffers.b = call.b.untyped_data();
   buffers.y = call.y.untyped_data();
   buffers.workspace = call.workspace.untyped_data();
-  // XLA aligns its buffers; another caller's may lie anywhere, which these two take.
-  for (const void* base : {buffers.a, buffers.b, static_cast<const void*>(buffers.y)}) {
-    if (reinterpret_cast<uintptr_t>(base) % 16) p.variant = "dp4a";
-  }
-  try {
-    const Int8MatmulPlan plan =
-        PlanInt8Matmul(p, DescribeDevice(call.device_ordinal), call.workspace.size_bytes());
-    if (plan.variant == "reference") {
-      return InvalidArgument(op, ": no kernel takes this call: ", plan.refused.back().second);
-    }
-    if (const char* error = LaunchInt8Matmul(p, plan, buffers, call.stream)) {
-      return xla::ffi::Error::Internal(std::string(op) + ": " + error);
-    }
-  } catch (const std::invalid_argument& e) {
-    return xla::ffi::Error::InvalidArgument(e.what());
-  }
-  return xla::ffi::Error::Success();
+  if (!Aligned({buffers.a, buffers.b, buffers.y})) p.variant = "dp4a";
+  return PlanAndLaunch(
+      op,
+      [&] {
+        return PlanInt8Matmul(p, DescribeDevice(call.device_ordinal), call.workspace.size_bytes());
+      },
+      [](const Int8MatmulPlan& plan) { return plan.refused.back().second; },
+      [&](const Int8MatmulPlan& plan) { return LaunchInt8Matmul(p, plan, buffers, call.stream); });
 }
 
 }  // namespace jax_awq

@@ -50,10 +50,7 @@ ffi::Error QuantizeActivation(Stream stream, ffi::AnyBuffer x, ffi::Buffer<ffi::
     p.group_sums = group_sums->typed_data();
   }
   if (check.batch() != 1) return InvalidArgument(kOp, ": rows of a batch must be folded");
-  if (const char* error = LaunchQuantizeActivation(p, stream)) {
-    return ffi::Error::Internal(std::string(kOp) + ": " + error);
-  }
-  return ffi::Error::Success();
+  return Launched(kOp, LaunchQuantizeActivation(p, stream));
 }
 
 }  // namespace

@@ -26,10 +26,7 @@ ffi::Error Read(Stream stream, int32_t device_ordinal, ffi::AnyBuffer a, ffi::An
   }
   p.shape = static_cast<int>(shape);
   p.y = y->typed_data();
-  if (const char* error = LaunchRead(p, DescribeDevice(device_ordinal).sm_count, stream)) {
-    return ffi::Error::Internal(std::string(kOp) + ": " + error);
-  }
-  return ffi::Error::Success();
+  return Launched(kOp, LaunchRead(p, DescribeDevice(device_ordinal).sm_count, stream));
 }
 
 }  // namespace
