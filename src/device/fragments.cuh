@@ -49,6 +49,7 @@ struct TileView {
   int warp_output;  // first of the warp's 64 outputs within the tile
   int group_shift;
   bool scales_are_bf16;
+  int group = -1;  // whose scales and zero points the fragments have
 };
 
 // `kTiles` of the four 16-row tiles: all, or those two that are left to one of two warpgroups,
@@ -69,6 +70,18 @@ class Fragments {
       return 16 * tile + 8 * h + g_;
     } else {
       return 8 * g_ + (kLayout == Layout::kGemm ? AwqColumn(2 * tile + h) : 2 * tile + h);
+    }
+  }
+
+  // Before k16 step `step` of the tile that starts at contraction index `depth`: reads scales and
+  // zero points where a group begins. 32 rows never cross one.
+  __device__ void EnterGroup(TileView* v, int depth, int step) {
+    if constexpr (!kTranspose) {
+      const int group = (depth + 16 * step) >> v->group_shift;
+      if (group != v->group) {
+        LoadGroup(*v, group - (depth >> v->group_shift));
+        v->group = group;
+      }
     }
   }
 

@@ -7,31 +7,18 @@
 // a warp's accumulators (64 x 64 in float32) fill half of its registers either way.
 #pragma once
 
-#include <algorithm>
-
-#include "device/epilogue.cuh"
 #include "device/ptx.cuh"
-#include "device/stage.cuh"
-#include "kernels/awq_gemm_launch.cuh"
+#include "kernels/awq_gemm_staged.cuh"
 
 namespace jax_awq {
 
 template <typename T, Layout kLayout, bool kTranspose, int kTokens>
-struct MmaTile {
-  static constexpr int kOutputs = 128;
-  using Stage = jax_awq::Stage<T, kLayout, kTranspose, kTokens, kOutputs>;
-  using Frag = typename Stage::Frag;
-  static constexpr int kThreads = 128;
-  static constexpr int kStages = 4;
+struct MmaTile : StagedTile<T, kLayout, kTranspose, kTokens, 128, 128, 4> {
+  using Frag = typename MmaTile::Stage::Frag;
   static constexpr int kTokenWarps = kTokens > 64 ? 2 : 1;
   static constexpr int kDepthWarps = 2 / kTokenWarps;
   static constexpr int kWarpTokens = kTokens / kTokenWarps;
   static constexpr int kWarpSteps = kDepth / 16 / kDepthWarps;
-
-  // The result takes the place of the pipeline when that has drained.
-  using Result = ResultTile<kTokens, kOutputs, 2>;
-  static constexpr int kSharedBytes = std::max(kStages * Stage::kBytes, Result::kBytes);
-  using Loader = StageLoader<T, kLayout, kTranspose, kTokens, kOutputs, kThreads>;
 };
 
 template <typename T, Layout kLayout, bool kTranspose, int kTokens>
@@ -69,7 +56,6 @@ __global__ void __launch_bounds__(128, kTokens > 32 ? 2 : 3)
 
   float acc[Tile::kWarpTokens / 8][4][4] = {};
   Frag fragments(0, g, t);
-  int current_group = -1;
   TileView view;
   view.warp_output = warp % 2 * 64;
   view.group_shift = group_shift;
@@ -92,15 +78,7 @@ __global__ void __launch_bounds__(128, kTokens > 32 ? 2 : 3)
 #pragma unroll
     for (int s = 0; s < Tile::kWarpSteps; ++s) {
       const int step = depth_warp * Tile::kWarpSteps + s;
-      if constexpr (!kTranspose) {
-        if (s % 2 == 0) {  // 32 rows never cross a group
-          const int group = (depth0 + 16 * step) >> group_shift;
-          if (group != current_group) {
-            fragments.LoadGroup(view, group - (depth0 >> group_shift));
-            current_group = group;
-          }
-        }
-      }
+      if (s % 2 == 0) fragments.EnterGroup(&view, depth0, step);
       uint32_t a[4][4];
       fragments.Dequantize(view, step, fragments.Fetch(view, step), a);
 #pragma unroll
@@ -142,39 +120,19 @@ __global__ void __launch_bounds__(128, kTokens > 32 ? 2 : 3)
 #endif
 }
 
-template <typename T, Layout kLayout, bool kTranspose, int kTokens>
-cudaError_t LaunchMmaTile(const AwqGemmParams& params, cudaStream_t stream) {
-  using Tile = MmaTile<T, kLayout, kTranspose, kTokens>;
-  const dim3 grid(static_cast<unsigned>((params.m + kTokens - 1) / kTokens * params.splits),
-                  static_cast<unsigned>((params.outputs + Tile::kOutputs - 1) / Tile::kOutputs),
-                  static_cast<unsigned>(params.batch));
-  return LaunchClusters(AwqGemmMmaKernel<T, kLayout, kTranspose, kTokens>, params,
-                        params.cluster_size(), grid, Tile::kThreads, Tile::kSharedBytes, stream);
-}
-
-template <typename T, Layout kLayout, bool kTranspose>
-cudaError_t LaunchMmaTokens(int tokens, const AwqGemmParams& params, cudaStream_t stream) {
-  switch (tokens) {
-    case 32:
-      return LaunchMmaTile<T, kLayout, kTranspose, 32>(params, stream);
-    case 64:
-      return LaunchMmaTile<T, kLayout, kTranspose, 64>(params, stream);
-    default:
-      return LaunchMmaTile<T, kLayout, kTranspose, 128>(params, stream);
+template <typename T>
+struct MmaKernels {
+  template <Layout kLayout, bool kTranspose, int kTokens>
+  static cudaError_t Launch(const AwqGemmParams& params, cudaStream_t stream) {
+    return LaunchStagedTile<MmaTile<T, kLayout, kTranspose, kTokens>>(
+        AwqGemmMmaKernel<T, kLayout, kTranspose, kTokens>, params, stream);
   }
-}
+};
 
 template <typename T>
 cudaError_t LaunchAwqGemmMma(const AwqGemmProblem& p, const AwqGemmPlan& plan,
                              const AwqGemmBuffers& buffers, cudaStream_t stream) {
-  const AwqGemmParams params = MakeParams(p, plan, buffers);
-  const int tokens = plan.tile_tokens;
-  if (p.layout == Layout::kGemm) {
-    return p.transpose ? LaunchMmaTokens<T, Layout::kGemm, true>(tokens, params, stream)
-                       : LaunchMmaTokens<T, Layout::kGemm, false>(tokens, params, stream);
-  }
-  return p.transpose ? LaunchMmaTokens<T, Layout::kOcMajor, true>(tokens, params, stream)
-                     : LaunchMmaTokens<T, Layout::kOcMajor, false>(tokens, params, stream);
+  return LaunchStaged<MmaKernels<T>, 32, 64, 128>(p, plan, buffers, stream);
 }
 
 }  // namespace jax_awq

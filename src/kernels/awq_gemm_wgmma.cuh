@@ -9,35 +9,22 @@
 // next is dequantized.
 #pragma once
 
-#include <algorithm>
-
-#include "device/epilogue.cuh"
 #include "device/ptx.cuh"
-#include "device/stage.cuh"
 #include "device/wgmma.cuh"
-#include "kernels/awq_gemm_launch.cuh"
+#include "kernels/awq_gemm_staged.cuh"
 
 namespace jax_awq {
 
 template <typename T, Layout kLayout, bool kTranspose, int kTokens>
-struct WgmmaTile {
-  static constexpr int kOutputs = 256;
-  using Stage = jax_awq::Stage<T, kLayout, kTranspose, kTokens, kOutputs>;
-  static constexpr int kThreads = 256;
+struct WgmmaTile : StagedTile<T, kLayout, kTranspose, kTokens, 256, 256, 5> {
   static constexpr bool kSplitDepth = kTokens <= 64;
   static constexpr int kTiles = kSplitDepth ? 4 : 2;  // 64-row tiles of a warpgroup
   static constexpr int kSteps = kSplitDepth ? 2 : 4;  // k16 steps of a warpgroup in a stage
-  using Frag = Fragments<T, kLayout, kTranspose, kOutputs, kTiles>;
-  static constexpr int kStages = 5;
+  using Frag = Fragments<T, kLayout, kTranspose, WgmmaTile::kOutputs, kTiles>;
   // Stages copied ahead. The slot filled next was last read two tiles ago, so no wgmma that may
   // still be in flight reads it.
-  static constexpr int kAhead = kStages - 2;
+  static constexpr int kAhead = WgmmaTile::kStages - 2;
   static constexpr int kCtasPerSm = kTokens == 16 && Frag::kOutputPacked ? 2 : 1;
-
-  // The result takes the place of the pipeline when that has drained.
-  using Result = ResultTile<kTokens, kOutputs, 2>;
-  static constexpr int kSharedBytes = std::max(kStages * Stage::kBytes, Result::kBytes);
-  using Loader = StageLoader<T, kLayout, kTranspose, kTokens, kOutputs, kThreads>;
 };
 
 // Which part of the contraction a CTA has, and which tokens. The compiler cannot see that two of
@@ -94,7 +81,6 @@ __global__ void __launch_bounds__(WgmmaTile<T, kLayout, kTranspose, kTokens>::kT
   Frag fragments(warpgroup, threadIdx.x % 32 / 4, t);
   const int step0 = Tile::kSplitDepth ? Tile::kSteps * warpgroup : 0;
   uint32_t a[2][Tile::kTiles][4];
-  int current_group = -1;
   TileView view;
   view.warp_output = warp * 64;
   view.group_shift = group_shift;
@@ -122,15 +108,7 @@ __global__ void __launch_bounds__(WgmmaTile<T, kLayout, kTranspose, kTokens>::kT
 #pragma unroll
     for (int s = 0; s < Tile::kSteps; ++s) {
       const int step = step0 + s;
-      if constexpr (!kTranspose) {
-        if (s % 2 == 0) {  // 32 rows never cross a group
-          const int group = (depth0 + 16 * step) >> group_shift;
-          if (group != current_group) {
-            fragments.LoadGroup(view, group - (depth0 >> group_shift));
-            current_group = group;
-          }
-        }
-      }
+      if (s % 2 == 0) fragments.EnterGroup(&view, depth0, step);
       // All but the newest group of wgmmas are done: these registers are free again.
       WgmmaWait<1>();
       uint32_t(&now)[Tile::kTiles][4] = a[s % 2];
@@ -174,41 +152,19 @@ __global__ void __launch_bounds__(WgmmaTile<T, kLayout, kTranspose, kTokens>::kT
 #endif
 }
 
-template <typename T, Layout kLayout, bool kTranspose, int kTokens>
-cudaError_t LaunchWgmmaTile(const AwqGemmParams& params, cudaStream_t stream) {
-  using Tile = WgmmaTile<T, kLayout, kTranspose, kTokens>;
-  const dim3 grid(static_cast<unsigned>((params.m + kTokens - 1) / kTokens * params.splits),
-                  static_cast<unsigned>((params.outputs + Tile::kOutputs - 1) / Tile::kOutputs),
-                  static_cast<unsigned>(params.batch));
-  return LaunchClusters(AwqGemmWgmmaKernel<T, kLayout, kTranspose, kTokens>, params,
-                        params.cluster_size(), grid, Tile::kThreads, Tile::kSharedBytes, stream);
-}
-
-template <typename T, Layout kLayout, bool kTranspose>
-cudaError_t LaunchWgmmaTokens(int tokens, const AwqGemmParams& params, cudaStream_t stream) {
-  switch (tokens) {
-    case 16:
-      return LaunchWgmmaTile<T, kLayout, kTranspose, 16>(params, stream);
-    case 32:
-      return LaunchWgmmaTile<T, kLayout, kTranspose, 32>(params, stream);
-    case 64:
-      return LaunchWgmmaTile<T, kLayout, kTranspose, 64>(params, stream);
-    default:
-      return LaunchWgmmaTile<T, kLayout, kTranspose, 128>(params, stream);
+template <typename T>
+struct WgmmaKernels {
+  template <Layout kLayout, bool kTranspose, int kTokens>
+  static cudaError_t Launch(const AwqGemmParams& params, cudaStream_t stream) {
+    return LaunchStagedTile<WgmmaTile<T, kLayout, kTranspose, kTokens>>(
+        AwqGemmWgmmaKernel<T, kLayout, kTranspose, kTokens>, params, stream);
   }
-}
+};
 
 template <typename T>
 cudaError_t LaunchAwqGemmWgmma(const AwqGemmProblem& p, const AwqGemmPlan& plan,
                                const AwqGemmBuffers& buffers, cudaStream_t stream) {
-  const AwqGemmParams params = MakeParams(p, plan, buffers);
-  const int tokens = plan.tile_tokens;
-  if (p.layout == Layout::kGemm) {
-    return p.transpose ? LaunchWgmmaTokens<T, Layout::kGemm, true>(tokens, params, stream)
-                       : LaunchWgmmaTokens<T, Layout::kGemm, false>(tokens, params, stream);
-  }
-  return p.transpose ? LaunchWgmmaTokens<T, Layout::kOcMajor, true>(tokens, params, stream)
-                     : LaunchWgmmaTokens<T, Layout::kOcMajor, false>(tokens, params, stream);
+  return LaunchStaged<WgmmaKernels<T>, 16, 32, 64, 128>(p, plan, buffers, stream);
 }
 
 }  // namespace jax_awq
