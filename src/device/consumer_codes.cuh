@@ -118,7 +118,7 @@ class CodesConsumer {
       for (int s = 0; s < 4; ++s) {
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
-          WgmmaBytes<T, kTokens>(sums[j], a[s][j], XTile(stage) + 2 * s, s > 0);
+          Wgmma<T, kTokens>(sums[j], a[s][j], XTile(stage) + 2 * s, s > 0);
         }
       }
       WgmmaCommit();
@@ -171,7 +171,7 @@ class CodesConsumer {
         WgmmaFence();
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
-          WgmmaBytes<T, kTokens>(sums[j], a[s % 2][j], XTile(stage) + 2 * s);
+          Wgmma<T, kTokens>(sums[j], a[s % 2][j], XTile(stage) + 2 * s);
         }
         WgmmaCommit();
       }

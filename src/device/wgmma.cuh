@@ -140,11 +140,4 @@ JAX_AWQ_WGMMA_OF_EACH(256, 128, 129, 130, 131, 132, 133)
 #undef JAX_AWQ_SUMS16
 #undef JAX_AWQ_SUMS8
 
-// Wgmma of bytes, by its older name.
-template <typename T, int kTokens>
-__device__ __forceinline__ void WgmmaBytes(SumOf<T> (&d)[kTokens / 2], const uint32_t (&a)[4],
-                                           uint64_t b, bool accumulate = true) {
-  Wgmma<T, kTokens>(d, a, b, accumulate);
-}
-
 }  // namespace jax_awq

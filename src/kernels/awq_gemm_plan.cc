@@ -1,6 +1,7 @@
 // Which kernel runs which problem. Pure host code, so that it can be asked without a GPU.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <stdexcept>
 
@@ -208,6 +209,12 @@ int64_t ResidentClusters(const Device& device, int ctas_per_sm, int size) {
   return kClusters[std::min(ctas_per_sm, 3) - 1][size - 1] * device.sm_count / kSms;
 }
 
+// Microseconds of storing the tiles of all processors at once, before their next ones.
+double StoreMicroseconds(const Variant& v) {
+  constexpr double kElements = 11e3;  // a microsecond, of a tile
+  return v.tokens * v.outputs / kElements;
+}
+
 // Microseconds that a TMA variant takes, to compare them: what does not depend on the work, the
 // steps of the busiest processor, and for splits the sums that members of a cluster read from each
 // other. The constants are fits to an H200 (benchmarks/NOTES.md); the right tile and split follow
@@ -220,8 +227,11 @@ double TmaMicroseconds(const AwqGemmProblem& p, const Device& device, const Vari
   const int64_t tiles = CeilDiv(p.m, v.tokens) * CeilDiv(p.outputs(), v.outputs) * p.batch;
   const int64_t waves = CeilDiv(tiles, ResidentClusters(device, v.ctas_per_sm, split));
   const int64_t steps = CeilDiv(CeilDiv(p.contraction(), v.depth), split) * (v.depth / 64);
-  // Without splits the next tile's copies begin while this one's results are stored.
-  if (split == 1) return kLaunch + kFill + waves * steps * v.step_us;
+  // Without splits the next tile's copies begin while this one's results are stored, but all
+  // processors store at once.
+  if (split == 1) {
+    return kLaunch + kFill + waves * steps * v.step_us + (waves - 1) * StoreMicroseconds(v);
+  }
   const double tile_bytes = 4.0 * std::min<int64_t>(p.m, v.tokens) * v.outputs;
   const double exchange = kExchange + tile_bytes * (split - 1) / split / kRemoteBytes;
   return kLaunch + waves * (kFill + steps * v.step_us + exchange);
@@ -250,7 +260,7 @@ double StreamMicroseconds(const AwqGemmProblem& p, const Device& device, const V
   constexpr double kPartialBytes = 3.5e6;  // a microsecond, written and read again through the L2
   const Tail tail(p, device, v);
   const int64_t steps = CeilDiv(p.contraction(), v.depth);
-  const double us = kLaunch + kFill + tail.whole * steps * v.step_us;
+  const double us = kLaunch + kFill + tail.whole * (steps * v.step_us + StoreMicroseconds(v));
   if (tail.tiles == 0) return us;
   return us + CeilDiv(tail.tiles * steps, tail.ctas) * v.step_us + kFinish +
          2.0 * tail.workspace_bytes() / kPartialBytes;
@@ -285,13 +295,18 @@ int BestTmaSplit(const AwqGemmProblem& p, const Device& device, const Variant& v
   return best;
 }
 
-// Microseconds of writing the weight in x's dtype and multiplying with the library's dense kernel.
+// Microseconds of writing the weight in x's dtype and multiplying with the library's dense kernel,
+// which takes what its operations take or reading the weight, whichever is more.
 double DequantizeDotMicroseconds(const AwqGemmProblem& p, const Device& device) {
-  constexpr double kLaunches = 2.0;
-  constexpr double kBytes = 3.4e6;       // a microsecond, read and written
+  constexpr double kLaunch = 2.0;
+  constexpr double kBytes = 3.7e6;  // a microsecond, read and written
+  constexpr double kDenseLaunch = 9.0;
+  constexpr double kDenseBytes = 4.4e6;
   constexpr double kOperations = 5.0e6;  // a microsecond and processor
   const double weights = static_cast<double>(p.k) * p.n * p.batch;
-  return kLaunches + 2.5 * weights / kBytes + 2.0 * p.m * weights / (kOperations * device.sm_count);
+  return kLaunch + 2.5 * weights / kBytes +
+         std::hypot(2.0 * p.m * weights / (kOperations * device.sm_count),
+                    kDenseLaunch + 2.0 * weights / kDenseBytes);
 }
 
 const char* ChooseTma(const AwqGemmProblem& p, const Device& device) {
@@ -307,7 +322,9 @@ const char* ChooseTma(const AwqGemmProblem& p, const Device& device) {
         IsStream(v) ? StreamMicroseconds(p, device, v) : TmaMicroseconds(p, device, v, split);
     if (best == nullptr || us < best_us) best = &v, best_us = us;
   }
-  if (Runs("dequantize_dot", p, device) && DequantizeDotMicroseconds(p, device) < best_us) {
+  // The library's rate is that of a processor under load, the constants here of one that is not.
+  constexpr double kLoad = 1.15;
+  if (Runs("dequantize_dot", p, device) && DequantizeDotMicroseconds(p, device) < kLoad * best_us) {
     return "dequantize_dot";
   }
   return best->name;
@@ -323,7 +340,7 @@ const char* Choose(const AwqGemmProblem& p, const Device& device) {
   if (!TmaUnsupported(p, device)) {
     if (p.m == 0) return "tma_64x256";
     // Without a pipeline to fill the decode kernel is done first where there is little to read.
-    constexpr int64_t kFewWeights = int64_t{12} << 20;
+    constexpr int64_t kFewWeights = int64_t{16} << 20;
     if (decode_8 && p.n * p.k * p.batch <= kFewWeights) return "decode_8";
     return ChooseTma(p, device);
   }

@@ -109,8 +109,7 @@ const char* WhyFloats(const AwqGemmW4A8Problem& p) {
   }
   if (p.group_size == 32 || p.group_size == 64) {
     return "codes are multiplied as 16-bit floats: to scale the sums of groups below 128 would "
-           "cost more "
-           "than tensor cores of one byte save";
+           "cost more than tensor cores of one byte save";
   }
   return "codes are multiplied as 16-bit floats: no kernel takes them as they are";
 }
