@@ -112,6 +112,22 @@ def test_no_cliff(k, n):
         assert time[m * 5 // 4] <= limit * time[m], (m, planned(m * 5 // 4, k, n)["variant"])
 
 
+@pytest.mark.parametrize(
+    ("m", "k", "n", "dense"),
+    [
+        (256, 2048, 5120, False),
+        (512, 2048, 5120, False),
+        (2048, 2048, 5120, True),  # a tile of little depth is stored for long
+        (8192, 2048, 5120, True),
+        (2048, 4096, 4096, False),
+        (4096, 14336, 4096, False),
+        (4096, 8192, 28672, False),
+    ],
+)
+def test_when_the_dense_product_is_faster(m, k, n, dense):
+    assert (planned(m, k, n)["variant"] == "dequantize_dot") == dense
+
+
 def test_only_what_the_cost_model_covers_has_a_time():
     assert planned(64, 4096, 4096, split_k=8)["microseconds"] > 0
     for changes in ({"m": 0}, {"split_k": 12}, {"layout": "oc_major"}, {"arch": 80}):

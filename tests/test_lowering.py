@@ -369,7 +369,8 @@ def test_the_compiled_part_plans_and_lowers(rng):
     ("m", "k", "n", "kernel", "split"),
     [
         (8, 2048, 5120, "decode_8", 8),
-        (8, 4096, 4096, "tma_8x256", 6),
+        (8, 4096, 4096, "decode_8", 8),
+        (8, 14336, 4096, "tma_8x256", 6),
         (16, 4096, 4096, "tma_16x256", 6),  # seven clusters of 16 CTAs would not run at once
         (1, 8192, 28672, "tma_8x256", 1),  # 112 tiles
         (64, 14336, 4096, "tma_64x256", 6),
