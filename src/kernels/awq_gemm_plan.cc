@@ -211,7 +211,7 @@ int64_t ResidentClusters(const Device& device, int ctas_per_sm, int size) {
 
 // Microseconds of storing the tiles of all processors at once, before their next ones.
 double StoreMicroseconds(const Variant& v) {
-  constexpr double kElements = 11e3;  // a microsecond, of a tile
+  constexpr double kElements = 22e3;  // a microsecond, of a tile
   return v.tokens * v.outputs / kElements;
 }
 
@@ -323,7 +323,7 @@ const char* ChooseTma(const AwqGemmProblem& p, const Device& device) {
     if (best == nullptr || us < best_us) best = &v, best_us = us;
   }
   // The library's rate is that of a processor under load, the constants here of one that is not.
-  constexpr double kLoad = 1.15;
+  constexpr double kLoad = 1.18;
   if (Runs("dequantize_dot", p, device) && DequantizeDotMicroseconds(p, device) < kLoad * best_us) {
     return "dequantize_dot";
   }
