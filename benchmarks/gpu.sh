@@ -47,7 +47,7 @@ install_to() { # directory, then what pip is told
 }
 
 record_tests() { # file, then what pytest is told
-  python3 benchmarks/record_gpu_tests.py "$OUT/$1" -q -n "$WORKERS" "${@:2}"
+  python3 benchmarks/record_gpu_tests.py "$OUT/$1" -q -n "$WORKERS" --dist loadgroup "${@:2}"
 }
 
 sanitize() { # the tools side by side: their instrumentation takes most of the time
@@ -104,7 +104,8 @@ for word in "$@"; do
       ;;
     models)
       python3 -m jax_awq.bench decode --layers unrolled --json "$OUT/decode.json" &&
-        python3 -m jax_awq.bench generate --json "$OUT/generate.json"
+        XLA_PYTHON_CLIENT_PREALLOCATE=true \
+          python3 -m jax_awq.bench generate --json "$OUT/generate.json"
       ;;
     int8)
       for op in int8_matmul int4_matmul; do

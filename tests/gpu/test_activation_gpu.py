@@ -157,6 +157,7 @@ def test_dequantize(rng, m, k, dtype, granularity, bits):
     assert_exact(lambda: dequantize_activation(placed, dtype), wanted)
 
 
+@pytest.mark.xdist_group("much_memory")
 def test_more_than_2_to_the_31_values(rng):
     """The same 1024 rows again and again, so that all of them can be compared where they are."""
     k, copies = 4096, 520

@@ -60,6 +60,7 @@ def test_mapped(rng, mapped):
 
 
 @pytest.mark.parametrize("layout", ["gemm", "oc_major"])
+@pytest.mark.xdist_group("much_memory")
 def test_more_than_2_to_the_31_values(rng, layout):
     """The same 1024 rows again and again, so that all of them can be compared where they are."""
     k, n, copies = 1024, 36864, 64

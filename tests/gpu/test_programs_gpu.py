@@ -85,6 +85,7 @@ def test_scan_over_stacked_weights(rng, layout):
     "variant",
     [v for v in VARIANTS if not v.startswith(("decode", "dequantize"))],
 )
+@pytest.mark.xdist_group("much_memory")
 def test_more_than_2_to_the_31_results(variant, force):
     """The same 1000 rows again and again, so that all results can be compared where they are."""
     p = problem_of(Case(1000, 64, 32768, 64))
@@ -102,6 +103,7 @@ def test_more_than_2_to_the_31_results(variant, force):
     assert jax.jit(lambda y: (y == y[0]).all())(y)
 
 
+@pytest.mark.xdist_group("much_memory")
 def test_large_operand(rng):
     """More than 2^31 values of x: the same long rows, behind each other."""
     p = random_problem(rng, 16, 8192, 64, group_size=128)
