@@ -2,19 +2,68 @@
 
     python benchmarks/record_gpu_tests.py benchmarks/results/nvidia_h200/gpu_tests.json [pytest ...]
 
-Further arguments go to pytest. Exits as pytest does.
+Further arguments go to pytest. Exits as pytest does. Interrupted or terminated, it records the
+tests that were done, with pytest's exit code for that, 2.
 """
 
-import collections
 import json
-import subprocess
+import os
+import signal
 import sys
-import tempfile
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
+
+
+class Outcomes:
+    """A plugin of pytest that keeps what became of each test as it is reported."""
+
+    def __init__(self) -> None:
+        self.of_tests: dict[str, str] = {}
+        self.messages: dict[str, str] = {}
+        self.seconds = 0.0
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.seconds += report.duration
+        outcome: str = report.outcome
+        if report.passed and report.when != "call":
+            return
+        if report.failed and report.when != "call":
+            outcome = "error"
+        self.of_tests[report.nodeid] = outcome
+        if not report.passed:
+            self.messages[report.nodeid] = _message(report)[:500]
+
+    def summary(self) -> dict[str, Any]:
+        """Counts by outcome, and the tests that did not pass."""
+        every = self.of_tests.values()
+        counts = {
+            name: sum(outcome == name for outcome in every)
+            for name in ("passed", "failed", "error", "skipped")
+        }
+        return {
+            "counts": counts,
+            "seconds": round(self.seconds, 1),
+            "failures": self._told("failed", "error"),
+            "skipped": self._told("skipped"),
+        }
+
+    def _told(self, *outcomes: str) -> list[dict[str, str]]:
+        return [
+            {"test": test, "message": self.messages[test]}
+            for test, outcome in self.of_tests.items()
+            if outcome in outcomes
+        ]
+
+
+def _message(report: pytest.TestReport) -> str:
+    if isinstance(report.longrepr, tuple):  # file, line and reason of a skip
+        return report.longrepr[2]
+    crash = getattr(report.longrepr, "reprcrash", None)
+    return str(report.longrepr) if crash is None else crash.message
 
 
 def main(arguments: list[str]) -> int:
@@ -22,49 +71,25 @@ def main(arguments: list[str]) -> int:
         print(__doc__, file=sys.stderr)
         return 2
     file, *more = arguments
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        command = ["-m", "gpu", f"--junitxml={report}", *more]
-        done = subprocess.run([sys.executable, "-m", "pytest", *command], cwd=ROOT, check=False)
-        if not report.exists():
-            print("pytest wrote no report", file=sys.stderr)
-            return done.returncode or 1
-        outcomes = read(report)
+    path = Path(file).resolve()
+    os.chdir(ROOT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    outcomes = Outcomes()
+    code = int(pytest.main(["-m", "gpu", *more], plugins=[outcomes]))
     # Only now: JAX takes most of a GPU's memory as soon as it is asked which one there is.
     from jax_awq.bench.report import environment
 
+    summary = outcomes.summary()
     result = environment() | {
         "command": f"pytest {' '.join(['-m gpu', *more])}",
-        "exit_code": int(done.returncode),
-        **outcomes,
+        "exit_code": code,
+        **summary,
     }
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    Path(file).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"{file}: {outcomes['counts']}")
-    return int(done.returncode)
-
-
-def read(report: Path) -> dict[str, Any]:
-    """Counts by outcome, and the tests that did not pass, from a JUnit file."""
-    counts: collections.Counter[str] = collections.Counter(passed=0, failed=0, error=0, skipped=0)
-    failures, skips, seconds = [], [], 0.0
-    for case in ElementTree.parse(report).getroot().iter("testcase"):
-        name = f"{case.get('classname')}::{case.get('name')}"
-        seconds += float(case.get("time", 0))
-        outcome = "passed"
-        for tag, meaning in (("failure", "failed"), ("error", "error"), ("skipped", "skipped")):
-            found = case.find(tag)
-            if found is not None:
-                outcome = meaning
-                entry = {"test": name, "message": (found.get("message") or "")[:500]}
-                (skips if tag == "skipped" else failures).append(entry)
-        counts[outcome] += 1
-    return {
-        "counts": dict(counts),
-        "seconds": round(seconds, 1),
-        "failures": failures,
-        "skipped": skips,
-    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"{file}: {summary['counts']}")
+    return code
 
 
 if __name__ == "__main__":

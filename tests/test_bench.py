@@ -1,9 +1,11 @@
 """The benchmark: what its programs compile to, and its files and tables. Nothing is timed here."""
 
 import dataclasses
-import importlib.util
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -205,26 +207,39 @@ def test_problems():
     assert all(p.k % 128 == 0 and p.n % 8 == 0 for p in problems.PROBLEMS.values())
 
 
-def test_gpu_tests_are_counted(tmp_path):
-    path = Path(__file__).parents[1] / "benchmarks" / "record_gpu_tests.py"
-    spec = importlib.util.spec_from_file_location("record_gpu_tests", path)
-    recorder = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recorder)
-    (tmp_path / "report.xml").write_text("""<testsuites><testsuite>
-        <testcase classname="tests.a" name="good" time="1.5"/>
-        <testcase classname="tests.a" name="bad"><failure message="wrong bits"/></testcase>
-        <testcase classname="tests.a" name="broken"><error message="no device"/></testcase>
-        <testcase classname="tests.a" name="left"><skipped message="sm_75"/></testcase>
-        </testsuite></testsuites>""")
-    assert recorder.read(tmp_path / "report.xml") == {
-        "counts": {"passed": 1, "failed": 1, "error": 1, "skipped": 1},
-        "seconds": 1.5,
-        "failures": [
-            {"test": "tests.a::bad", "message": "wrong bits"},
-            {"test": "tests.a::broken", "message": "no device"},
-        ],
-        "skipped": [{"test": "tests.a::left", "message": "sm_75"}],
-    }
+def test_gpu_tests_are_counted_even_if_interrupted(tmp_path):
+    (tmp_path / "test_some.py").write_text("""
+import os
+import signal
+import pytest
+pytestmark = pytest.mark.gpu
+
+@pytest.fixture
+def broken():
+    raise RuntimeError("no device")
+
+def test_good(): pass
+def test_bad(): raise AssertionError("wrong bits")
+def test_broken(broken): pass
+def test_left(): pytest.skip("sm_75")
+def test_cut_off(): os.kill(os.getpid(), signal.SIGTERM)
+def test_never(): pass
+""")
+    recorder = Path(__file__).parents[1] / "benchmarks" / "record_gpu_tests.py"
+    file = tmp_path / "gpu_tests.json"
+    command = [sys.executable, str(recorder), str(file), "-q", "-c", os.devnull, str(tmp_path)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 2, done.stdout + done.stderr
+    result = json.loads(file.read_text())
+    assert "source_hash" in result["build_info"]
+    assert result["exit_code"] == 2
+    assert result["counts"] == {"passed": 1, "failed": 1, "error": 1, "skipped": 1}
+    told = [(entry["test"].split("::")[1], entry["message"]) for entry in result["failures"]]
+    assert told == [
+        ("test_bad", "AssertionError: wrong bits"),
+        ("test_broken", "RuntimeError: no device"),
+    ]
+    assert [entry["message"] for entry in result["skipped"]] == ["Skipped: sm_75"]
 
 
 def test_read_is_one_row_of_its_own(monkeypatch):
