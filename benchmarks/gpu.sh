@@ -18,7 +18,7 @@
 #   w4a8      awq_gemm_w4a8.json, verify.json
 #
 # SITE=<folder with jax_awq and its extension> takes another installation, WORKERS=<n> as many
-# test processes.
+# test processes, PTX_WHEELS=<folder> wheels for ptx that are in its 75/ and 80/.
 set -uo pipefail
 
 if [ $# -lt 2 ]; then
@@ -35,6 +35,7 @@ cd "$(dirname "$0")/.."
 SITE=${SITE:-$PWD/build/gpu/site}
 WORKERS=${WORKERS:-4}
 DTYPES=${DTYPES:-float16 bfloat16}
+PTX_WHEELS=${PTX_WHEELS:-}
 export XLA_PYTHON_CLIENT_PREALLOCATE=false
 export PYTHONSAFEPATH=1 # the installed package, not the Python files here without their kernels
 export PYTHONPATH=$SITE
@@ -140,7 +141,9 @@ for word in "$@"; do
     ptx)
       for arch in 75 80; do
         site=$PWD/build/gpu/ptx$arch
-        install_to "$site" . -C "cmake.define.JAX_AWQ_CUDA_ARCHITECTURES=$arch-virtual" &&
+        source=(. -C "cmake.define.JAX_AWQ_CUDA_ARCHITECTURES=$arch-virtual")
+        if [ -n "$PTX_WHEELS" ]; then source=("$PTX_WHEELS/$arch/"*.whl); fi
+        install_to "$site" "${source[@]}" &&
           PYTHONPATH=$site record_tests "gpu_tests_ptx$arch.json" tests/gpu || status=1
       done
       ;;
