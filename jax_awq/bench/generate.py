@@ -23,10 +23,9 @@ import numpy as np
 import jax_awq
 from jax_awq import models
 from jax_awq.bench import decode, report, synthetic
-from jax_awq.models import decoder
 from jax_awq.models.attention import make_cache
 from jax_awq.models.config import DecoderConfig
-from jax_awq.models.model import cache_slots
+from jax_awq.models.model import cache_slots, decode_program
 from jax_awq.weights import WEIGHTS
 
 METHOD = (
@@ -158,7 +157,8 @@ def _decode_program(model: models.Model, batch: int, prompt: int, new: int) -> d
     slots = cache_slots(prompt, new)
     cache = jax.eval_shape(lambda: make_cache(model.config, batch, slots, stacked=False))
     token = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    program = decoder.decode_step.lower(model.params, token, cache, config=model.config).compile()
+    leaves = jax.tree.leaves(model.params)
+    program = decode_program(model).lower(leaves, token, cache, None, np.int32(1)).compile()
     memory = program.memory_analysis()
     size = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves((cache.k, cache.v)))
     return {

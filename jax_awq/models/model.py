@@ -16,7 +16,7 @@ from jax import Array
 from jax_awq._checks import read_dtype
 from jax_awq.checkpoint.load import open_hf
 from jax_awq.models import decoder, sampling
-from jax_awq.models.attention import make_cache
+from jax_awq.models.attention import KVCache, make_cache
 from jax_awq.models.config import DecoderConfig, read_decoder_config
 from jax_awq.models.params import assemble
 from jax_awq.models.quantization import Recorder, disassemble, quantization_blocks
@@ -159,14 +159,9 @@ class Model:
             raise ValueError(f"generate: top_p must be from 0 to 1, got {top_p}")
         ids, start = self._checked("generate", input_ids, attention_mask, max_new_tokens)
         ends = self.config.eos_token_ids if eos_token_id is None else np.atleast_1d(eos_token_id)
-        key = jax.random.key(seed)
-
-        def pick(logits: Array, step: int) -> Array:
-            if temperature == 0:
-                return sampling.greedy(logits)
-            return sampling.sample(logits, key, step, temperature, top_p, nucleus=top_p < 1)
-
-        return self._stream(ids, start, max_new_tokens, pick, np.asarray(ends, np.int32))
+        draw = None if temperature == 0 else (jax.random.key(seed), temperature, top_p)
+        nucleus = draw is not None and top_p < 1
+        return self._stream(ids, start, max_new_tokens, draw, nucleus, np.asarray(ends, np.int32))
 
     def quantization(
         self, tokens: Any
@@ -185,7 +180,7 @@ class Model:
         recorder = Recorder(self.params, self.config, checked)
         return params, recorder, quantization_blocks(params, self.config)
 
-    def _stream(self, ids, start, max_new_tokens, pick, ends) -> Iterator[np.ndarray]:
+    def _stream(self, ids, start, max_new_tokens, draw, nucleus, ends) -> Iterator[np.ndarray]:
         if max_new_tokens == 0:
             return
         batch, tokens = ids.shape
@@ -196,13 +191,16 @@ class Model:
         logits, cache = decoder.prefill(
             self.params, filled, np.int32(tokens), cache, config=self.config
         )
+        token = sampling.pick(logits, draw, np.int32(0), nucleus=nucleus)
+        step = decode_program(self, nucleus=nucleus)
+        leaves = jax.tree.leaves(self.params)
         ended = np.zeros(batch, bool)
-        for step in range(max_new_tokens):
-            token = pick(logits, step)
-            if step + 1 < max_new_tokens:
+        for count in range(1, max_new_tokens + 1):
+            seen = token
+            if count < max_new_tokens:
                 # Before the token is looked at, so that the device need not wait for the host.
-                logits, cache = decoder.decode_step(self.params, token, cache, config=self.config)
-            seen = np.asarray(token)
+                token, cache = step(leaves, token, cache, draw, np.int32(count))
+            seen = np.asarray(seen)
             if ended.any():
                 seen = np.where(ended, ends[0], seen)
             yield seen
@@ -241,6 +239,26 @@ class Model:
             )
         start = (mask.shape[1] - mask.sum(axis=1)).astype(np.int32)
         return ids.astype(np.int32), jnp.asarray(start) if start.any() else None
+
+
+def decode_program(model: Model, *, nucleus: bool = False) -> jax.stages.Wrapped:
+    """The program that gives `Model.stream` a token after another, jitted.
+
+    It takes the leaves of the parameters, the last token (B,), the donated cache, and what
+    `sampling.pick` takes; it returns the next token and the cache. Leaves, since to take a model's
+    parameters apart costs the host as much as to start the program, every time.
+    """
+    return _decode_program(jax.tree.structure(model.params), model.config, nucleus)
+
+
+@functools.lru_cache(maxsize=16)
+def _decode_program(structure: Any, config: DecoderConfig, nucleus: bool) -> jax.stages.Wrapped:
+    def step(leaves: Any, token: Array, cache: KVCache, draw: Any, count: Any) -> Any:
+        params = jax.tree.unflatten(structure, leaves)
+        logits, cache = decoder.decode_step(params, token, cache, config=config)
+        return sampling.pick(logits, draw, count, nucleus=nucleus), cache
+
+    return jax.jit(step, donate_argnums=2)
 
 
 def cache_slots(tokens: int, max_new_tokens: int) -> int:

@@ -8,6 +8,15 @@ import jax.numpy as jnp
 from jax import Array
 
 
+@functools.partial(jax.jit, static_argnames="nucleus")
+def pick(logits: Array, draw: Any, step: Any, *, nucleus: bool) -> Array:
+    """`greedy` where `draw` is None, else `sample` with its key, temperature and top_p."""
+    if draw is None:
+        return greedy(logits)
+    key, temperature, top_p = draw
+    return sample(logits, key, step, temperature, top_p, nucleus=nucleus)
+
+
 @jax.jit
 def greedy(logits: Array) -> Array:
     """The most likely token, int32 (B,), of logits (B, V)."""
