@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from jax_awq import awq_gemm
 from jax_awq._primitive import OPS, OpDef
-from jax_awq.testing import assert_close, random_weight
+from jax_awq.testing import assert_close, dequantize_float64, random_weight
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
@@ -323,7 +323,8 @@ def test_shard_map_of_a_split_x_and_a_replicated_weight(rng, check_vma):
             ** 2
         ).sum()
 
-    np.testing.assert_allclose(jax.jit(mapped)(x, weight), awq_gemm(x, weight), rtol=1e-6)
+    exact = x.astype(np.float64) @ dequantize_float64(weight)
+    assert_close(jax.jit(mapped)(x, weight), exact, awq_gemm(x, weight))
     for got, want in zip(
         *(
             jax.jit(jax.grad(functools.partial(loss, fn), (0, 1)))(x, weight.scales)
