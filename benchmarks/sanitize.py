@@ -55,7 +55,7 @@ W4A8_PRODUCTS = (
     (130, 128, 17440, 128, jnp.float16),
     (1030, 256, 160, 128, jnp.float32),
 )
-W4A8_ALSO = ("tma_8x256", "mma_32", "simt", "")  # besides the kernels of codes of one byte
+W4A8_ALSO = ("few_8x256", "mma_32", "simt", "")  # besides the kernels of codes of one byte
 
 
 def fused_variants(rng) -> list[str]:

@@ -3,7 +3,7 @@
 //
 //     nvcc -O3 -std=c++17 -Isrc -gencode=arch=compute_90a,code=sm_90a benchmarks/sweep.cu
 //         src/kernels/*.cu src/kernels/*.cc -o sweep
-//     ./sweep "4096,4096 14336,4096" "1 16 64" "tma_64x256:4 tma_64x128 decode_8"
+//     ./sweep "4096,4096 14336,4096" "1 16 64" "tma_64x256:4 few_8x256 decode_8"
 //     [f16|bf16|s8|e4m3] [G]
 //
 // One line a measurement: K N G M dtype variant split us error, the error against the simt kernel

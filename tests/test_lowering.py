@@ -368,11 +368,11 @@ def test_the_compiled_part_plans_and_lowers(rng):
 @pytest.mark.parametrize(
     ("m", "k", "n", "kernel", "split"),
     [
-        (8, 2048, 5120, "decode_8", 8),
-        (8, 4096, 4096, "decode_8", 8),
-        (8, 14336, 4096, "tma_8x256", 6),
-        (16, 4096, 4096, "tma_16x256", 6),  # seven clusters of 16 CTAs would not run at once
-        (1, 8192, 28672, "tma_8x256", 1),  # 112 tiles
+        (8, 2048, 5120, "few_8x256", 4),
+        (8, 4096, 4096, "few_8x256", 6),
+        (8, 14336, 4096, "few_8x256", 6),
+        (16, 4096, 4096, "few_16x256", 6),  # seven clusters of 16 CTAs would not run at once
+        (1, 8192, 28672, "few_8x256", 1),  # 112 tiles
         (64, 14336, 4096, "tma_64x256", 6),
         (1024, 4096, 4096, "tma_256x128", 1),  # 128 tiles
         (512, 8192, 10240, "stream_256x128", 1),  # 160 tiles on 132 processors

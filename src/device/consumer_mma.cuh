@@ -1,16 +1,17 @@
-// Consumers of the TMA kernel for few tokens, where instructions for each weight decide: q - z
-// enters mma.sync, exact and unscaled, and scales are applied to sums once a group.
+// Consumers of the kernel for few tokens, where instructions for each weight decide: q - z enters
+// mma.sync, exact and unscaled, and scales are applied to sums once a group.
 #pragma once
 
 #include "device/dequant.cuh"
 #include "device/epilogue.cuh"
-#include "device/tma_tile.cuh"
+#include "device/few_tile.cuh"
 
 namespace jax_awq {
 
-template <typename T, typename S, int kTokens, int kTiles>
+template <typename T, typename S, int kTokens>
 class MmaConsumer {
-  using Tile = TmaTile<kTokens, kTiles, 2>;
+  using Tile = FewTile<kTokens>;
+  static constexpr int kTiles = Tile::kTiles;
   using D = Dequant<T>;
   static constexpr int kBlocks = kTokens / 8;
 

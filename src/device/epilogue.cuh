@@ -61,8 +61,16 @@ __device__ __forceinline__ void StoreEight(void* p, const float (&v)[8], DType d
 // Part `index` of `parts` of `total` units: as even as can be, whatever else is in the problem.
 struct Share {
   __device__ Share(unsigned total, unsigned index, unsigned parts)
-      : first(total / parts * index + min(index, total % parts)),
-        count(total / parts + (index < total % parts)) {}
+      : Share(Even{total / parts, total % parts}, index) {}
+
+  // The least that a part has, and how many parts have one more: for whom division takes too long.
+  struct Even {
+    unsigned least, longer;
+  };
+  __device__ Share(Even even, unsigned index)
+      : first(even.least * index + min(index, even.longer)),
+        count(even.least + (index < even.longer)) {}
+
   int first;
   int count;
 };
@@ -169,15 +177,22 @@ struct ResultTile {
   }
 };
 
-// How the results of a cluster change hands: every member owns an equal share of `units` pieces of
-// the tile and reads each from the shared memory of all members. It adds them in rank order, so
-// that a sum depends neither on timing nor on who owns it.
-struct Exchange {
-  __device__ Exchange(unsigned members, unsigned rank, unsigned units)
-      : members(members),
-        rank(rank),
-        per(max((units + members - 1) / members, 1u)),
+// Which of `units` pieces of a tile each member of a cluster finishes: an equal share.
+struct Deal {
+  __device__ Deal(unsigned units, unsigned members, unsigned rank)
+      : per(max((units + members - 1) / members, 1u)),
         own(min(per, units - min(units, rank * per))) {}
+
+  unsigned per;  // units of a member, but fewer or none of the last
+  unsigned own;  // units of this member
+};
+
+// How the results of a cluster change hands: every member reads its units from the shared memory of
+// all members. It adds them in rank order, so that a sum depends neither on timing nor on who owns
+// it.
+struct Exchange : Deal {
+  __device__ Exchange(unsigned members, unsigned rank, unsigned units)
+      : Deal(units, members, rank), members(members), rank(rank) {}
 
 #if __CUDA_ARCH__ >= 900
   // Sums over the members of what lies at the first `count` of these addresses of each. All loads
@@ -210,8 +225,6 @@ struct Exchange {
 
   unsigned members;
   unsigned rank;
-  unsigned per;  // units of a member, but fewer or none of the last
-  unsigned own;  // units of this member
 };
 
 // Scales of the rows of a tile, on their way while it is computed: a lane has those of tokens lane,
@@ -263,17 +276,24 @@ class HalfWord {
   template <bool kActivate>
   __device__ __forceinline__ void Store(const EpilogueParams& p, const float (&v)[kTiles][4],
                                         int64_t token) const {
+    float first[2 * kTiles], second[2 * kTiles];  // of the two tokens
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles; ++i) {
+      first[i] = v[i / 2][i % 2 * 2] + bias_[i];
+      second[i] = v[i / 2][i % 2 * 2 + 1] + bias_[i];
+    }
+    if (kActivate && p.activation != Activation::kNone) {
+#pragma unroll
+      for (int i = 0; i < 2 * kTiles; ++i) {
+        first[i] = Activate(first[i], p.activation);
+        second[i] = Activate(second[i], p.activation);
+      }
+    }
     float mine[2 * kTiles], other[2 * kTiles];
 #pragma unroll
     for (int i = 0; i < 2 * kTiles; ++i) {
-      float first = v[i / 2][i % 2 * 2] + bias_[i];
-      float second = v[i / 2][i % 2 * 2 + 1] + bias_[i];
-      if constexpr (kActivate) {
-        first = Activate(first, p.activation);
-        second = Activate(second, p.activation);
-      }
-      mine[i] = odd_ ? second : first;
-      other[i] = odd_ ? first : second;
+      mine[i] = odd_ ? second[i] : first[i];
+      other[i] = odd_ ? first[i] : second[i];
     }
     const bool store = valid_ && token < p.m;
     const int64_t at = token * p.outputs + output_;

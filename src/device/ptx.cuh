@@ -153,6 +153,12 @@ __device__ __forceinline__ void NamedBarrierSync() {
   asm volatile("barrier.sync %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
 }
 
+// The same without waiting for the others (9.7.13.1, barrier.arrive).
+template <int kBarrier, int kThreads>
+__device__ __forceinline__ void NamedBarrierArrive() {
+  asm volatile("barrier.arrive %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
+}
+
 // Lets a kernel that overlaps this one (launch_clusters.h) start when all CTAs have come here, or
 // waits in such a kernel until the one before it is done and what it wrote is there (9.7.13.13,
 // griddepcontrol). Neither does anything where no kernel overlaps, or before sm_90.
@@ -199,6 +205,17 @@ __device__ __forceinline__ float4 LoadClusterShared(uint32_t address) {
                : "r"(address)
                : "memory");
   return v;
+}
+
+// Stores to the shared memory of a cluster member, whose barrier counts the bytes (9.7.9.14,
+// st.async). Nobody has to wait before this CTA ends.
+__device__ __forceinline__ void StoreClusterSharedAsync(uint32_t address, float4 v,
+                                                        uint32_t barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(address),
+      "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier)
+      : "memory");
 }
 
 // Barriers in shared memory (9.7.13.15, mbarrier), completed by arrivals and by copied bytes.

@@ -1,4 +1,4 @@
-// What producer and consumers of the TMA kernel agree on: shared memory, and which lane has what.
+// What producer and consumers of the TMA kernels agree on: shared memory, and which lane has what.
 #pragma once
 
 #include <cstdint>
@@ -8,23 +8,16 @@
 
 namespace jax_awq {
 
-// kTiles: 64-row tiles of outputs of a warpgroup; kElementBytes: of x.
-template <int kTokens_, int kTiles_, int kElementBytes>
-struct TmaTile {
+// The pipeline in shared memory: stages of kDepth indices of K, of which TMA brings x, words,
+// scales and zero points. kTiles: 64-row tiles of outputs of a warpgroup; kElementBytes: of x.
+template <int kTokens_, int kTiles_, int kElementBytes, int kDepth_, int kMaxStages>
+struct TmaPipeline {
   static constexpr int kTokens = kTokens_;
   static constexpr int kTiles = kTiles_;
+  static constexpr int kDepth = kDepth_;
   static constexpr int kOutputs = 128 * kTiles;
   static constexpr bool kCodes = kElementBytes == 1;
-  // Up to here the bytes of the weight decide, and mma.sync needs fewer instructions for them.
-  static constexpr bool kMma = !kCodes && kTokens <= 16;
-  static constexpr int kDepth = kMma || kCodes ? 128 : 64;
-  // Teams of eight warps take turns at the stages.
-  static constexpr int kTeams = kMma ? 2 : 1;
-  static constexpr int kTeamWarps = 8;
-  static constexpr int kConsumerWarps = kTeams * kTeamWarps;
-  // One warp copies. Registers can only move to the consumers from a whole warpgroup.
-  static constexpr bool kMoveRegisters = kTokens * kTiles >= (kCodes ? 96 : 256);
-  static constexpr int kThreads = 32 * (kConsumerWarps + (kMoveRegisters ? 4 : 1));
+  static constexpr int kTeamWarps = 8;  // that share the work on a stage
 
   // x lies in parts of 128 bytes a row, a row of the 128-byte swizzle.
   static constexpr int kParts = kDepth * kElementBytes / 128;
@@ -37,15 +30,7 @@ struct TmaTile {
   static constexpr int kStageBytes = kXBytes + kWordBytes + kScaleBytes + kZeroBytes;
   static constexpr int kAlignment = 1024;  // dynamic shared memory may start anywhere
 
-  // Sums that pass through shared memory take the place of the drained pipeline: 16 bytes a lane,
-  // for each tile and block of eight tokens of a warp.
-  static constexpr int kSlotBytes = 32 * 16;
-  static constexpr int kExchangeBytes = kTokens * kTiles * kSlotBytes;
-
   static constexpr int kRoom = 227 * 1024 - kAlignment - 256;
-  // More copies in flight than memory needs (40 KB a processor) only let some CTAs run ahead of
-  // others, and the last to end decides.
-  static constexpr int kMaxStages = kMma ? 6 : 16;
   static constexpr int kStages =
       kRoom / kStageBytes < kMaxStages ? kRoom / kStageBytes : kMaxStages;
   // The parts of a stage lie in arrays of their own: the swizzles want aligned tiles.
@@ -54,14 +39,10 @@ struct TmaTile {
   static constexpr int kScalesAt = kXAt + kStages * kXBytes;
   static constexpr int kZerosAt = kScalesAt + kStages * kScaleBytes;
   static constexpr int kBarriersAt = kZerosAt + kStages * kZeroBytes;
-  static constexpr int kSharedBytes = kBarriersAt + 16 * kStages + kAlignment;
-  static_assert(kExchangeBytes <= kBarriersAt);
+  static constexpr int kPipelineBytes = kBarriersAt + 16 * kStages;
 
-  // With codes some stages have sums of x over chunks in place of x, and the scales and zero points
-  // that go with them in place of words.
-  static constexpr int kSumChunks = 16;
-  static constexpr int kSumZerosAt = kSumChunks * kOutputs * 2;
-  static constexpr int kSumWordBytes = kSumZerosAt + kSumChunks * kOutputs / 2;
+  // Sums that pass through shared memory: 16 bytes a lane.
+  static constexpr int kSlotBytes = 32 * 16;
 
   __device__ static uint32_t Words(uint32_t shared, int s) {
     return shared + kWordsAt + s * kWordBytes;
@@ -78,6 +59,37 @@ struct TmaTile {
   __device__ static uint32_t Empty(uint32_t shared, int s) {
     return shared + kBarriersAt + 8 * (kStages + s);
   }
+};
+
+// With less to multiply, more copies in flight than memory needs only let some CTAs run ahead of
+// others, and the last to end decides.
+template <int kTokens, int kElementBytes>
+constexpr int kMostTmaStages = kTokens <= 64 && kElementBytes == 2 ? 6 : 16;
+
+// A tile of the wgmma kernel.
+template <int kTokens, int kTiles, int kElementBytes>
+struct TmaTile : TmaPipeline<kTokens, kTiles, kElementBytes, kElementBytes == 1 ? 128 : 64,
+                             kMostTmaStages<kTokens, kElementBytes>> {
+  using Pipeline = TmaPipeline<kTokens, kTiles, kElementBytes, kElementBytes == 1 ? 128 : 64,
+                               kMostTmaStages<kTokens, kElementBytes>>;
+  static constexpr int kConsumerWarps = Pipeline::kTeamWarps;
+  // One warp copies. Registers can only move to the consumers from a whole warpgroup.
+  static constexpr bool kMoveRegisters = kTokens * kTiles >= (Pipeline::kCodes ? 96 : 256);
+  static constexpr int kThreads = 32 * (kConsumerWarps + (kMoveRegisters ? 4 : 1));
+  static constexpr int kInboxBarrierAt = Pipeline::kPipelineBytes;
+  static constexpr int kSharedBytes = kInboxBarrierAt + 16 + Pipeline::kAlignment;
+
+  // Sums to exchange take the place of the drained pipeline. A unit is what a warp has of eight
+  // tokens, and each member of a cluster has room for as many of every member.
+  static constexpr int kUnits = kTokens / 8 * kConsumerWarps;
+  static constexpr int kUnitBytes = kTiles * Pipeline::kSlotBytes;
+  static_assert((kUnits + kMaxCluster - 1) * kUnitBytes <= Pipeline::kBarriersAt);
+
+  // With codes some stages have sums of x over chunks in place of x, and the scales and zero points
+  // that go with them in place of words.
+  static constexpr int kSumChunks = 16;
+  static constexpr int kSumZerosAt = kSumChunks * Pipeline::kOutputs * 2;
+  static constexpr int kSumWordBytes = kSumZerosAt + kSumChunks * Pipeline::kOutputs / 2;
 };
 
 template <int kStages, int kStep = 1>

@@ -33,6 +33,8 @@ cudaError_t LaunchTensorCores(const AwqGemmProblem& p, const AwqGemmPlan& plan,
   switch (plan.kernel) {
     case AwqGemmKernel::kDecode:
       return LaunchAwqGemmDecode(p, plan, buffers, stream);
+    case AwqGemmKernel::kFew:
+      return LaunchAwqGemmFew(p, plan, buffers, stream);
     case AwqGemmKernel::kTma:
       return LaunchAwqGemmTma<T>(p, plan, buffers, stream);
     case AwqGemmKernel::kWgmma:

@@ -40,7 +40,7 @@ struct AwqGemmProblem {
   int64_t outputs() const { return transpose ? k : n; }
 };
 
-enum class AwqGemmKernel : uint8_t { kNone, kDecode, kTma, kWgmma, kMma, kSimt };
+enum class AwqGemmKernel : uint8_t { kNone, kDecode, kFew, kTma, kWgmma, kMma, kSimt };
 
 struct AwqGemmPlan {
   std::string variant;  // a kernel, or "dequantize_dot" or "reference", which JAX composes

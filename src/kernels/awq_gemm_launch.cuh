@@ -11,6 +11,8 @@ namespace jax_awq {
 
 cudaError_t LaunchAwqGemmDecode(const AwqGemmProblem&, const AwqGemmPlan&, const AwqGemmBuffers&,
                                 cudaStream_t);
+cudaError_t LaunchAwqGemmFew(const AwqGemmProblem&, const AwqGemmPlan&, const AwqGemmBuffers&,
+                             cudaStream_t);
 template <typename T>
 cudaError_t LaunchAwqGemmMma(const AwqGemmProblem&, const AwqGemmPlan&, const AwqGemmBuffers&,
                              cudaStream_t);

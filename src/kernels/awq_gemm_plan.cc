@@ -11,7 +11,7 @@
 namespace jax_awq {
 namespace {
 
-constexpr int kMaxGridZ = 65535;
+constexpr int kMaxGridYZ = 65535;
 
 struct Variant {
   const char* name;
@@ -33,7 +33,7 @@ const char* AnyKernelUnsupported(const AwqGemmProblem& p, const Device& device) 
   if (device.arch == 0) return "this build has no code for the GPU's architecture";
   if (p.x_dtype == DType::kF32) return "x is float32";
   if (p.scales_dtype == DType::kF32) return "scales are float32";
-  if (p.batch > kMaxGridZ) return "more than 65535 batch entries";
+  if (p.batch > kMaxGridYZ) return "more than 65535 batch entries";
   if (p.group_size != p.k && p.group_size != 32 && p.group_size != 64 && p.group_size != 128) {
     return "group_size is not 32, 64, 128 or K";
   }
@@ -52,21 +52,20 @@ const char* TensorCoreUnsupported(const AwqGemmProblem& p, const Device& device)
   return nullptr;
 }
 
+template <int kTokens>
+const char* TooManyRows(const AwqGemmProblem& p) {
+  static_assert(kTokens == 8 || kTokens == 16);
+  if (p.m <= kTokens) return nullptr;
+  return kTokens == 8 ? "more than 8 rows of x" : "more than 16 rows of x";
+}
+
+template <int kTokens>
 const char* DecodeUnsupported(const AwqGemmProblem& p, const Device& device) {
+  if (const char* why = TooManyRows<kTokens>(p)) return why;
   if (const char* why = TensorCoreUnsupported(p, device)) return why;
   if (p.layout != Layout::kGemm || p.transpose) return "weight is not packed along the outputs";
   if (p.k % 32 || p.n % 16) return "K is not a multiple of 32 or N not of 16";
   return nullptr;
-}
-
-const char* Decode8Unsupported(const AwqGemmProblem& p, const Device& device) {
-  if (p.m > 8) return "more than 8 rows of x";
-  return DecodeUnsupported(p, device);
-}
-
-const char* Decode16Unsupported(const AwqGemmProblem& p, const Device& device) {
-  if (p.m > 16) return "more than 16 rows of x";
-  return DecodeUnsupported(p, device);
 }
 
 const char* WgmmaUnsupported(const AwqGemmProblem& p, const Device& device) {
@@ -81,6 +80,13 @@ const char* TmaUnsupported(const AwqGemmProblem& p, const Device& device) {
   if (p.n % 32) return "rows of qweight are not 16-byte aligned";
   if (std::max({p.m, p.n, p.k}) > INT32_MAX) return "a dimension exceeds 32 bits";
   return nullptr;
+}
+
+template <int kTokens>
+const char* FewUnsupported(const AwqGemmProblem& p, const Device& device) {
+  if (const char* why = TooManyRows<kTokens>(p)) return why;
+  if (CeilDiv(p.n, 256) > kMaxGridYZ) return "N exceeds 16776960";
+  return TmaUnsupported(p, device);
 }
 
 const char* StreamUnsupported(const AwqGemmProblem& p, const Device& device) {
@@ -128,26 +134,28 @@ const char* DequantizeDotUnsupported(const AwqGemmProblem& p, const Device& devi
 
 // In the order in which they are tried.
 constexpr Variant kVariants[] = {
-    {"decode_8", AwqGemmKernel::kDecode, 8, 128, 32, 3, true, 0, Decode8Unsupported},
-    {"decode_16", AwqGemmKernel::kDecode, 16, 128, 32, 2, true, 0, Decode16Unsupported},
-    {"tma_8x256", AwqGemmKernel::kTma, 8, 256, 128, 1, true, 0.22, TmaUnsupported},
-    {"tma_16x256", AwqGemmKernel::kTma, 16, 256, 128, 1, true, 0.285, TmaUnsupported},
-    {"tma_32x256", AwqGemmKernel::kTma, 32, 256, 64, 1, true, 0.39, TmaUnsupported},
-    {"tma_64x256", AwqGemmKernel::kTma, 64, 256, 64, 1, true, 0.45, TmaUnsupported},
-    {"tma_96x256", AwqGemmKernel::kTma, 96, 256, 64, 1, true, 0.56, TmaUnsupported},
-    {"tma_128x128", AwqGemmKernel::kTma, 128, 128, 64, 1, true, 0.39, TmaUnsupported},
-    {"tma_128x256", AwqGemmKernel::kTma, 128, 256, 64, 1, true, 0.68, TmaUnsupported},
-    {"tma_160x128", AwqGemmKernel::kTma, 160, 128, 64, 1, true, 0.46, TmaUnsupported},
-    {"tma_192x128", AwqGemmKernel::kTma, 192, 128, 64, 1, true, 0.53, TmaUnsupported},
-    {"tma_224x128", AwqGemmKernel::kTma, 224, 128, 64, 1, true, 0.605, TmaUnsupported},
-    {"tma_256x128", AwqGemmKernel::kTma, 256, 128, 64, 1, true, 0.67, TmaUnsupported},
-    {"stream_96x256", AwqGemmKernel::kTma, 96, 256, 64, 1, false, 0.56, StreamUnsupported},
-    {"stream_128x128", AwqGemmKernel::kTma, 128, 128, 64, 1, false, 0.39, StreamUnsupported},
-    {"stream_128x256", AwqGemmKernel::kTma, 128, 256, 64, 1, false, 0.68, StreamUnsupported},
-    {"stream_160x128", AwqGemmKernel::kTma, 160, 128, 64, 1, false, 0.46, StreamUnsupported},
-    {"stream_192x128", AwqGemmKernel::kTma, 192, 128, 64, 1, false, 0.53, StreamUnsupported},
-    {"stream_224x128", AwqGemmKernel::kTma, 224, 128, 64, 1, false, 0.605, StreamUnsupported},
-    {"stream_256x128", AwqGemmKernel::kTma, 256, 128, 64, 1, false, 0.67, StreamUnsupported},
+    {"decode_8", AwqGemmKernel::kDecode, 8, 128, 32, 3, true, 0, DecodeUnsupported<8>},
+    {"decode_16", AwqGemmKernel::kDecode, 16, 128, 32, 2, true, 0, DecodeUnsupported<16>},
+    {"few_8x256", AwqGemmKernel::kFew, 8, 256, 128, 1, true, 0.23, FewUnsupported<8>},
+    {"few_16x256", AwqGemmKernel::kFew, 16, 256, 128, 1, true, 0.28, FewUnsupported<16>},
+    {"tma_32x256", AwqGemmKernel::kTma, 32, 256, 64, 1, true, 0.38, TmaUnsupported},
+    {"tma_64x128", AwqGemmKernel::kTma, 64, 128, 64, 1, true, 0.286, TmaUnsupported},
+    {"tma_64x256", AwqGemmKernel::kTma, 64, 256, 64, 1, true, 0.455, TmaUnsupported},
+    {"tma_96x128", AwqGemmKernel::kTma, 96, 128, 64, 1, true, 0.327, TmaUnsupported},
+    {"tma_96x256", AwqGemmKernel::kTma, 96, 256, 64, 1, true, 0.53, TmaUnsupported},
+    {"tma_128x128", AwqGemmKernel::kTma, 128, 128, 64, 1, true, 0.37, TmaUnsupported},
+    {"tma_128x256", AwqGemmKernel::kTma, 128, 256, 64, 1, true, 0.65, TmaUnsupported},
+    {"tma_160x128", AwqGemmKernel::kTma, 160, 128, 64, 1, true, 0.417, TmaUnsupported},
+    {"tma_192x128", AwqGemmKernel::kTma, 192, 128, 64, 1, true, 0.474, TmaUnsupported},
+    {"tma_224x128", AwqGemmKernel::kTma, 224, 128, 64, 1, true, 0.532, TmaUnsupported},
+    {"tma_256x128", AwqGemmKernel::kTma, 256, 128, 64, 1, true, 0.6, TmaUnsupported},
+    {"stream_96x256", AwqGemmKernel::kTma, 96, 256, 64, 1, false, 0.53, StreamUnsupported},
+    {"stream_128x128", AwqGemmKernel::kTma, 128, 128, 64, 1, false, 0.37, StreamUnsupported},
+    {"stream_128x256", AwqGemmKernel::kTma, 128, 256, 64, 1, false, 0.65, StreamUnsupported},
+    {"stream_160x128", AwqGemmKernel::kTma, 160, 128, 64, 1, false, 0.417, StreamUnsupported},
+    {"stream_192x128", AwqGemmKernel::kTma, 192, 128, 64, 1, false, 0.474, StreamUnsupported},
+    {"stream_224x128", AwqGemmKernel::kTma, 224, 128, 64, 1, false, 0.532, StreamUnsupported},
+    {"stream_256x128", AwqGemmKernel::kTma, 256, 128, 64, 1, false, 0.6, StreamUnsupported},
     {"w4a8_32x256", AwqGemmKernel::kTma, 32, 256, 128, 1, true, 0.22, CodesUnsupported},
     {"w4a8_64x256", AwqGemmKernel::kTma, 64, 256, 128, 1, true, 0.34, CodesUnsupported},
     {"w4a8_128x128", AwqGemmKernel::kTma, 128, 128, 128, 1, true, 0.26, CodesUnsupported},
@@ -165,11 +173,16 @@ constexpr Variant kVariants[] = {
 
 bool IsStream(const Variant& v) { return v.unsupported == StreamUnsupported; }
 
+// Whether the cost model covers it.
+bool IsTma(const Variant& v) {
+  return v.kernel == AwqGemmKernel::kTma || v.kernel == AwqGemmKernel::kFew;
+}
+
 // Whether a row has the same sums in every such tile of its kernel, and in every place of a tile.
 bool BatchInvariant(const Variant& v) {
   switch (v.kernel) {
-    case AwqGemmKernel::kTma:  // smaller tiles sum groups apart
-      return v.tokens >= 32 && !IsStream(v);
+    case AwqGemmKernel::kTma:  // the kernel for few rows sums groups apart
+      return !IsStream(v);
     case AwqGemmKernel::kWgmma:
     case AwqGemmKernel::kMma:  // in larger tiles no warps share the depth of a stage
       return v.tokens <= 64;
@@ -216,14 +229,14 @@ double StoreMicroseconds(const Variant& v) {
 }
 
 // Microseconds that a TMA variant takes, to compare them: what does not depend on the work, the
-// steps of the busiest processor, and for splits the sums that members of a cluster read from each
-// other. The constants are fits to an H200 (benchmarks/NOTES.md); the right tile and split follow
+// steps of the busiest processor, and for splits the sums that members of a cluster write to each
+// other. The constants are fits to an H100 (benchmarks/NOTES.md); the right tile and split follow
 // from them for shapes nobody has timed.
 double TmaMicroseconds(const AwqGemmProblem& p, const Device& device, const Variant& v, int split) {
   constexpr double kLaunch = 1.0;
-  constexpr double kFill = 2.7;  // until the first step, and after the last
-  constexpr double kExchange = 1.2;
-  constexpr double kRemoteBytes = 20e3;  // a microsecond, that a processor reads from others
+  constexpr double kFill = 2.1;  // until the first step, and after the last
+  constexpr double kExchange = 0.33;
+  constexpr double kRemoteBytes = 17e3;  // a microsecond, that a processor writes to others
   const int64_t tiles = CeilDiv(p.m, v.tokens) * CeilDiv(p.outputs(), v.outputs) * p.batch;
   const int64_t waves = CeilDiv(tiles, ResidentClusters(device, v.ctas_per_sm, split));
   const int64_t steps = CeilDiv(CeilDiv(p.contraction(), v.depth), split) * (v.depth / 64);
@@ -255,7 +268,7 @@ struct Tail {
 
 double StreamMicroseconds(const AwqGemmProblem& p, const Device& device, const Variant& v) {
   constexpr double kLaunch = 1.0;
-  constexpr double kFill = 2.7;
+  constexpr double kFill = 2.1;
   constexpr double kFinish = 2.5;          // the launch that adds the partial sums
   constexpr double kPartialBytes = 3.5e6;  // a microsecond, written and read again through the L2
   const Tail tail(p, device, v);
@@ -314,7 +327,7 @@ const char* ChooseTma(const AwqGemmProblem& p, const Device& device) {
   double best_us = 0;
   const int shared_split = p.batch_invariant ? BatchInvariantTmaSplit(p, device) : 0;
   for (const Variant& v : kVariants) {
-    if (v.kernel != AwqGemmKernel::kTma || Unsupported(v, p, device)) continue;
+    if (!IsTma(v) || Unsupported(v, p, device)) continue;
     const int split = p.split_k > 0       ? 1
                       : p.batch_invariant ? shared_split
                                           : BestTmaSplit(p, device, v);
@@ -323,7 +336,7 @@ const char* ChooseTma(const AwqGemmProblem& p, const Device& device) {
     if (best == nullptr || us < best_us) best = &v, best_us = us;
   }
   // The library's rate is that of a processor under load, the constants here of one that is not.
-  constexpr double kLoad = 1.18;
+  constexpr double kLoad = 1.335;
   if (Runs("dequantize_dot", p, device) && DequantizeDotMicroseconds(p, device) < kLoad * best_us) {
     return "dequantize_dot";
   }
@@ -332,24 +345,21 @@ const char* ChooseTma(const AwqGemmProblem& p, const Device& device) {
 
 const char* Choose(const AwqGemmProblem& p, const Device& device) {
   const int64_t m = p.m == 0 ? 1 : p.m;
-  const bool decode_8 = p.m > 0 && Runs("decode_8", p, device);
   if (IsCodes(p)) {
     if (CodesUnsupported(p, device)) return "reference";
     return p.m == 0 ? "w4a8_64x256" : ChooseTma(p, device);
   }
   if (!TmaUnsupported(p, device)) {
     if (p.m == 0) return "tma_64x256";
-    // Without a pipeline to fill the decode kernel is done first where there is little to read.
-    constexpr int64_t kFewWeights = int64_t{16} << 20;
-    if (decode_8 && p.n * p.k * p.batch <= kFewWeights) return "decode_8";
     return ChooseTma(p, device);
   }
   const bool tensor_cores = !TensorCoreUnsupported(p, device);
   // Rows of x from which dequantizing once and multiplying with the library's dense kernel wins.
   if (m > (tensor_cores ? 256 : 32) && Runs("dequantize_dot", p, device)) return "dequantize_dot";
   if (!tensor_cores) return SimtUnsupported(p, device) ? "reference" : "simt";
-  if (decode_8) return "decode_8";
-  if (p.m > 0 && Runs("decode_16", p, device)) return "decode_16";
+  for (const char* few : {"decode_8", "decode_16"}) {
+    if (p.m > 0 && Runs(few, p, device)) return few;
+  }
   // An unknown number of rows takes the tile that is never far from the best.
   if (!WgmmaUnsupported(p, device)) {
     if (p.m == 0) return "wgmma_64";
@@ -368,12 +378,12 @@ int ChooseSplit(const AwqGemmProblem& p, const Device& device, const Variant& v)
   int64_t m = p.m == 0 ? 1 : p.m, batch = p.batch;
   int tokens = v.tokens, ctas_per_sm = v.ctas_per_sm;
   if (p.batch_invariant) {
-    if (v.kernel == AwqGemmKernel::kTma) return BatchInvariantTmaSplit(p, device);
+    if (IsTma(v)) return BatchInvariantTmaSplit(p, device);
     // Parts that meet in the workspace would take as much of it for many rows as for few.
     if (device.arch < 90) return 1;
     m = 256, batch = 1, tokens = 64, ctas_per_sm = 1;  // whatever rows and tile there are
   }
-  if (v.kernel == AwqGemmKernel::kTma) return p.m == 0 ? 1 : BestTmaSplit(p, device, v);
+  if (IsTma(v)) return p.m == 0 ? 1 : BestTmaSplit(p, device, v);
   const int64_t ctas = CeilDiv(m, tokens) * CeilDiv(p.outputs(), v.outputs) * batch;
   int split =
       static_cast<int>(std::min<int64_t>(kMaxCluster, std::max<int64_t>(1, depth_tiles / 4)));
@@ -413,7 +423,7 @@ AwqGemmPlan PlanAwqGemm(const AwqGemmProblem& p, const Device& device, size_t wo
 
   plan.split_k = ChooseSplit(p, device, *v);
   plan.cluster = plan.split_k > 1 && plan.split_k <= kMaxCluster && device.arch >= 90;
-  if (v->kernel == AwqGemmKernel::kTma && plan.split_k <= kMaxCluster && p.m > 0) {
+  if (IsTma(*v) && plan.split_k <= kMaxCluster && p.m > 0) {
     plan.microseconds = TmaMicroseconds(p, device, *v, plan.split_k);
   }
   if (plan.split_k > 1 && !plan.cluster) {

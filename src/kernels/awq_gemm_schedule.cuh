@@ -1,101 +1,139 @@
 // Which CTA of the TMA kernel computes what, and in which order.
 #pragma once
 
+#include <algorithm>
+
 #include "device/epilogue.cuh"
 #include "kernels/awq_gemm_launch.cuh"
+#include "kernels/divider.h"
 
 namespace jax_awq {
 
-// Where a tile lies. Tiles of up to kRaster rows of tiles go together, so that the CTAs at work
-// at one time share their rows of x and their columns of the weight in the L2.
+// Where tiles lie. Tiles of up to kRaster rows of tiles go together, so that the CTAs at work at
+// one time share their rows of x and their columns of the weight in the L2.
 struct TmaTileOrder {
   static constexpr unsigned kRaster = 8;
 
-  __device__ TmaTileOrder(const AwqGemmParams& p, int tokens, int outputs)
+  TmaTileOrder() = default;
+  TmaTileOrder(const AwqGemmParams& p, int tokens, int outputs)
       : rows(static_cast<unsigned>((p.m + tokens - 1) / tokens)),
         columns(static_cast<unsigned>((p.outputs + outputs - 1) / outputs)),
-        count(rows * columns * static_cast<unsigned>(p.batch)) {}
+        count(rows * columns * static_cast<unsigned>(p.batch)),
+        by_batch(rows * columns),
+        by_band(kRaster * columns),
+        by_last_height(rows % kRaster == 0 ? kRaster : rows % kRaster) {}
 
   __device__ void Find(unsigned tile, unsigned* batch, unsigned* row, unsigned* column) const {
-    *batch = tile / (rows * columns);
-    tile -= *batch * rows * columns;
-    const unsigned band = tile / (kRaster * columns);
-    tile -= band * kRaster * columns;
-    const unsigned height = min(kRaster, rows - band * kRaster);
-    *column = tile / height;
-    *row = band * kRaster + tile % height;
+    *batch = by_batch.Quotient(tile);
+    tile = by_batch.Remainder(tile);
+    const unsigned band = by_band.Quotient(tile);
+    tile = by_band.Remainder(tile);
+    const bool whole = (band + 1) * kRaster <= rows;
+    *column = whole ? tile / kRaster : by_last_height.Quotient(tile);
+    *row = band * kRaster + (whole ? tile % kRaster : by_last_height.Remainder(tile));
   }
 
   unsigned rows, columns, count;
+  Divider by_batch, by_band, by_last_height;
 };
 
 // The tail of a grid whose tiles do not come out even: all CTAs share its steps equally, so that a
 // tile's sum is divided among neighbours, which leave their parts in the workspace. The division
 // depends on shapes and processors alone.
 struct StreamK {
-  __device__ StreamK(unsigned tiles, unsigned steps, unsigned ctas)
-      : ctas(ctas), steps(steps), whole(tiles / ctas * ctas), total((tiles - whole) * steps) {}
+  StreamK() = default;
+  StreamK(unsigned tiles, unsigned steps, unsigned ctas)
+      : ctas(ctas),
+        steps(steps),
+        whole(tiles / ctas * ctas),
+        even{(tiles - whole) * steps / ctas, (tiles - whole) * steps % ctas} {}
 
-  __device__ Share Of(unsigned cta) const { return Share(total, cta, ctas); }
+  __device__ Share Of(unsigned cta) const { return Share(even, cta); }
   // Of the part that a CTA has of a tile of the tail: both only ever grow.
   __device__ static int Slot(unsigned cta, unsigned tail_tile) { return cta + tail_tile; }
   // The first CTA that has a part of this tile of the tail.
   __device__ unsigned FirstOf(unsigned tail_tile) const {
     const unsigned unit = tail_tile * steps;
-    const unsigned longer = total % ctas, least = total / ctas;
-    return unit < longer * (least + 1) ? unit / (least + 1)
-                                       : longer + (unit - longer * (least + 1)) / least;
+    return unit < even.longer * (even.least + 1)
+               ? unit / (even.least + 1)
+               : even.longer + (unit - even.longer * (even.least + 1)) / even.least;
   }
 
   unsigned ctas, steps;
-  unsigned whole;  // tiles before the tail
-  unsigned total;  // steps of the tail
+  unsigned whole;    // tiles before the tail
+  Share::Even even;  // of the steps of the tail
+};
+
+// All that CTAs need to know of it, counted by the host.
+struct TmaSchedule {
+  TmaSchedule() = default;
+  // `members` CTAs have tiles side by side, and of each of these as many have a part as there are
+  // splits; `groups` of such CTAs are launched.
+  TmaSchedule(const AwqGemmParams& p, int tokens, int outputs, int depth, int members,
+              int64_t groups, bool stream_k)
+      : order(p, tokens, outputs * members),
+        steps(static_cast<unsigned>((p.contraction + depth - 1) / depth)),
+        groups(static_cast<unsigned>(groups)),
+        whole(order.count),
+        split{steps / p.splits, steps % p.splits},
+        by_ctas(p.splits * members),
+        by_splits(p.splits),
+        by_groups(this->groups),
+        by_steps(steps) {
+    if (stream_k) {
+      stream = StreamK(order.count, steps, this->groups);
+      whole = stream.whole;
+    }
+  }
+
+  TmaTileOrder order;
+  unsigned steps, groups;
+  unsigned whole;       // tiles that are not shared among all CTAs
+  Share::Even split;    // of the steps of a tile
+  StreamK stream = {};  // nothing is shared unless there is a tail
+  Divider by_ctas, by_splits, by_groups, by_steps;
 };
 
 // What a CTA works on, one item after the other: a tile, and which steps of its sum.
 class TmaWork {
  public:
-  // `ctas` work on a tile, or on as many side by side where its sum is not split.
-  __device__ TmaWork(int ctas, int splits, unsigned tiles, unsigned steps, bool stream_k)
-      : steps_(steps),
-        next_(blockIdx.x / ctas),
-        stride_(gridDim.x / ctas),
-        whole_(tiles),
-        share_(steps, blockIdx.x % splits, splits),
-        tail_(0, 0, 1) {
-    if (stream_k) {
-      const StreamK stream(tiles, steps, gridDim.x);
-      whole_ = stream.whole;
-      tail_ = stream.Of(blockIdx.x);
-    }
-    items = whole_ > next_ ? (whole_ - next_ + stride_ - 1) / stride_ : 0;
+  __device__ explicit TmaWork(const TmaSchedule& s)
+      : split(s.by_splits.Remainder(blockIdx.x)),
+        schedule_(s),
+        next_(s.by_ctas.Quotient(blockIdx.x)),
+        share_(s.split, split),
+        tail_(s.stream.even, blockIdx.x) {
+    items = s.whole > next_ ? s.by_groups.Quotient(s.whole - next_ + s.groups - 1) : 0;
     if (tail_.count > 0) ++items;
-    if (tail_.first % steps + tail_.count > steps) ++items;  // never three: a share is less
+    // Never three: a share is less than a tile.
+    if (s.by_steps.Remainder(tail_.first) + tail_.count > s.steps) ++items;
   }
 
   // To be called `items` times: with a loop that ends when there is no more, the compiler does not
   // keep the sums in registers.
   __device__ void Next() {
-    const bool whole = next_ < whole_;
-    const unsigned tail_tile = tail_.first / steps_;
-    const int first = tail_.first - tail_tile * steps_;
-    const int count = min(tail_.count, static_cast<int>(steps_) - first);
-    tile = whole ? next_ : whole_ + tail_tile;
+    const bool whole = next_ < schedule_.whole;
+    const unsigned tail_tile = schedule_.by_steps.Quotient(tail_.first);
+    const int first = tail_.first - tail_tile * schedule_.steps;
+    const int count = min(tail_.count, static_cast<int>(schedule_.steps) - first);
+    tile = whole ? next_ : schedule_.whole + tail_tile;
     slot = whole ? -1 : StreamK::Slot(blockIdx.x, tail_tile);
     share.first = whole ? share_.first : first;
     share.count = whole ? share_.count : count;
-    next_ += whole ? stride_ : 0;
+    next_ += whole ? schedule_.groups : 0;
     tail_.first += whole ? 0 : count;
     tail_.count -= whole ? 0 : count;
   }
 
+  const unsigned split;  // of the sum of each tile, where it is divided among CTAs
   unsigned items;
   unsigned tile;
   Share share{0, 0, 1};
   int slot;  // of the workspace, where this is part of a tile; otherwise -1
 
  private:
-  unsigned steps_, next_, stride_, whole_;
+  const TmaSchedule& schedule_;
+  unsigned next_;
   Share share_, tail_;
 };
 

@@ -8,7 +8,6 @@
 #include <type_traits>
 
 #include "device/consumer_codes.cuh"
-#include "device/consumer_mma.cuh"
 #include "device/consumer_wgmma.cuh"
 #include "device/epilogue.cuh"
 #include "device/ptx.cuh"
@@ -19,22 +18,26 @@
 namespace jax_awq {
 
 struct AwqGemmTmaParams {
-  CUtensorMap x, words, scales, zeros;
-  CUtensorMap sums, sum_scales, sum_zeros;  // of the chunks of x, where x is codes
+  CUtensorMap x[2], words, scales, zeros;
+  CUtensorMap sums[2], sum_scales, sum_zeros;  // of the chunks of x, where x is codes
   AwqGemmParams p;
-  int x_rows;                 // of a box of x, of which each member has one: no more than there are
+  TmaSchedule schedule;
+  // Of a box of x and of sums, of which each member has one; the second is for the last row of
+  // tiles and has no more than are left: what lies outside takes longer to fill than to copy.
+  int x_rows[2];
   int members;                // CTAs side by side that share their rows of x
   int group_rows;             // of a box of scales or zeros
   int batch_x, batch_weight;  // 1 where every batch entry has its own, 0 where all share one
   bool exchange;              // results pass through shared memory: splits meet, or activation
-  bool stream_k;
 };
 
+// Named barriers of a CTA.
+constexpr int kTmaBarriersReady = 1;
+constexpr int kTmaConsumers = 2;
+
 template <typename T, typename S, int kTokens, int kTiles>
-using TmaConsumer =
-    std::conditional_t<sizeof(T) == 1, CodesConsumer<T, kTokens, kTiles>,
-                       std::conditional_t<kTokens <= 16, MmaConsumer<T, S, kTokens, kTiles>,
-                                          WgmmaConsumer<T, S, kTokens, kTiles>>>;
+using TmaConsumer = std::conditional_t<sizeof(T) == 1, CodesConsumer<T, kTokens, kTiles>,
+                                       WgmmaConsumer<T, S, kTokens, kTiles>>;
 
 template <typename T, typename S, int kTokens, int kTiles>
 __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads, 1)
@@ -48,14 +51,13 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
   const uint32_t shared =
       (SharedAddress(unaligned) + Tile::kAlignment - 1) / Tile::kAlignment * Tile::kAlignment;
 
+  const uint32_t inbox_barrier = shared + Tile::kInboxBarrierAt;
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // known to be uniform
-  const unsigned split = blockIdx.x % p.splits;
   const unsigned members = Tile::kCodes ? params.members : 1;
   const unsigned member = blockIdx.x % members;
-  const TmaTileOrder order(p, kTokens, Tile::kOutputs * members);
-  TmaWork work(p.splits * members, p.splits, order.count,
-               static_cast<unsigned>(p.contraction + Tile::kDepth - 1) / Tile::kDepth,
-               !Tile::kMma && params.stream_k);
+  const TmaTileOrder& order = params.schedule.order;
+  TmaWork work(params.schedule);
+  const unsigned split = work.split;
   const int group_shift = p.buffers.weight.group_shift;
   const bool has_zeros = p.buffers.weight.qzeros != nullptr;
   auto blocks_of = [&](unsigned row) {
@@ -63,14 +65,21 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
     return static_cast<unsigned>(min((left + 7) / 8, static_cast<int64_t>(kTokens / 8)));
   };
 
-  if (threadIdx.x == 32 * Tile::kConsumerWarps) {
-    for (int s = 0; s < Tile::kStages; ++s) {
-      BarrierInit(Tile::Full(shared, s), 1);
-      BarrierInit(Tile::Empty(shared, s), Tile::kTeamWarps * members);
+  if (warp == Tile::kConsumerWarps) {
+    if (ElectOne()) {
+      for (int s = 0; s < Tile::kStages; ++s) {
+        BarrierInit(Tile::Full(shared, s), 1);
+        BarrierInit(Tile::Empty(shared, s), Tile::kTeamWarps * members);
+      }
+      BarrierInit(inbox_barrier, 1);
+      BarrierInitFence();
     }
-    BarrierInitFence();
+    __syncwarp();
+    // The consumers wait for that, the producer for nobody.
+    NamedBarrierArrive<kTmaBarriersReady, 32 * (Tile::kConsumerWarps + 1)>();
+  } else if (warp < Tile::kConsumerWarps) {
+    NamedBarrierSync<kTmaBarriersReady, 32 * (Tile::kConsumerWarps + 1)>();
   }
-  __syncthreads();
   if (members > 1) {  // the fence above is release enough for barriers
     ClusterArriveRelaxed();
     ClusterWait();
@@ -81,12 +90,8 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
     if (warp != Tile::kConsumerWarps) return;
     const int group_rows = params.group_rows;
     const bool zeros_in_stage = has_zeros && !Tile::kCodes;
-    const uint32_t x_bytes = params.x_rows * members * Tile::kDepth * sizeof(T);
-    const uint32_t bytes =
-        x_bytes + Tile::kWordBytes +
+    const uint32_t group_bytes =
         group_rows * (Tile::kOutputs * 2 + (zeros_in_stage ? Tile::kOutputs / 2 : 0));
-    const uint32_t sum_bytes = x_bytes + (has_zeros ? Tile::kSumWordBytes : Tile::kSumZerosAt);
-    const int own_rows = member * params.x_rows;  // where this member's rows of x begin
     StageCounter<Tile::kStages> at;
     for (unsigned item = 0; item < work.items; ++item) {
       work.Next();
@@ -94,6 +99,11 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
       order.Find(work.tile, &batch, &row, &column);
       const int x_batch = batch * params.batch_x;
       const int weight_batch = batch * params.batch_weight;
+      const int last = row + 1 == order.rows;
+      const uint32_t x_bytes = params.x_rows[last] * members * Tile::kDepth * sizeof(T);
+      const uint32_t bytes = x_bytes + Tile::kWordBytes + group_bytes;
+      const uint32_t sum_bytes = x_bytes + (has_zeros ? Tile::kSumWordBytes : Tile::kSumZerosAt);
+      const int own_rows = member * params.x_rows[last];  // where this member's rows of x begin
       const int token0 = row * kTokens + own_rows;
       const int output0 = (column * members + member) * Tile::kOutputs;
       const int first = work.share.first;
@@ -130,7 +140,7 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
       const auto copy_x = [&](int stage, int i) {
         const uint32_t barrier = Tile::Full(shared, stage);
         const bool sums = Tile::kCodes && i >= count;
-        const void* map = sums ? &params.sums : &params.x;
+        const void* map = sums ? &params.sums[last] : &params.x[last];
         const int depth =
             sums ? 4 * (first_chunk + (i - count) * Tile::kSumChunks) : (first + i) * Tile::kDepth;
 #pragma unroll
@@ -177,10 +187,9 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
       return Consumer(shared, group_shift, has_zeros);
     }
   }();
-  if (p.buffers.overlap) WaitForKernelBefore();        // which writes the scales of rows
-  const unsigned items = Tile::kMma ? 1 : work.items;  // few rows are one tile a CTA
+  if (p.buffers.overlap) WaitForKernelBefore();  // which writes the scales of rows
 #pragma unroll 1
-  for (unsigned item = 0; item < items; ++item) {
+  for (unsigned item = 0; item < work.items; ++item) {
     work.Next();
     unsigned batch, row, column;
     order.Find(work.tile, &batch, &row, &column);
@@ -193,7 +202,7 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
     consumer.Accumulate(work.share, acc);
 
     const unsigned blocks = blocks_of(row);
-    if (!Tile::kMma && work.slot >= 0) {
+    if (work.slot >= 0) {
       float4* part = static_cast<float4*>(p.buffers.workspace) +
                      (int64_t{work.slot} * (kTokens / 8) * Tile::kTeamWarps + warp) * kTiles * 32 +
                      lane;
@@ -232,81 +241,70 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
       continue;
     }
 
-    // First the teams of this CTA add what they have, then each unit's owner in the cluster reads
-    // it from every other member: reading is several times as fast as writing to another's memory.
-    // A unit is what a warp holds of eight tokens; or one tile of that, where there are few.
-    constexpr int kUnitTiles = Tile::kMma ? 1 : kTiles;
-    constexpr int kWarpUnits = kTiles / kUnitTiles;
-    const int team = warp / Tile::kTeamWarps;
-    const int team_warp = warp % Tile::kTeamWarps;
-    const Exchange exchange(p.cluster ? p.splits : 1, p.cluster ? split : 0,
-                            blocks * Tile::kTeamWarps * kWarpUnits);
-    const uint32_t slots = shared + 16 * lane;
-    NamedBarrierSync<1, 32 * Tile::kConsumerWarps>();  // the slots take the place of the pipeline
-#pragma unroll
-    for (int from = Tile::kTeams - 1; from >= 0; --from) {
-      if (team == from) {
-#pragma unroll
-        for (int b = 0; b < kTokens / 8; ++b) {
-          if (b < blocks) {
-#pragma unroll
-            for (int j = 0; j < kTiles; ++j) {
-              const uint32_t slot =
-                  slots + ((b * Tile::kTeamWarps + team_warp) * kTiles + j) * Tile::kSlotBytes;
-              float4 v = make_float4(acc[j][4 * b], acc[j][4 * b + 1], acc[j][4 * b + 2],
-                                     acc[j][4 * b + 3]);
-              if (from < Tile::kTeams - 1) Add(v, LoadSharedFour(slot));
-              StoreSharedFour(slot, v);
-            }
-          }
-        }
+    // The units of a tile are dealt out to the members of the cluster. Each pushes what it has of
+    // the others' into their inboxes, and adds what came into its own in the order of members.
+    const unsigned parts = p.cluster ? p.splits : 1;
+    const unsigned rank = p.cluster ? split : 0;
+    const Deal deal(blocks * Tile::kTeamWarps, parts, rank);
+    const uint32_t inbox = shared + 16 * lane;
+    if (p.cluster) {  // the inbox takes the place of the pipeline, which all have to be done with
+      ClusterArriveRelaxed();
+      ClusterWait();
+      if (threadIdx.x == 0) {
+        BarrierArriveExpecting(inbox_barrier, deal.own * (parts - 1) * Tile::kUnitBytes);
       }
-      if (from > 0) NamedBarrierSync<1, 32 * Tile::kConsumerWarps>();
-    }
-    if (p.cluster) {
-      ClusterSync();
     } else {
-      NamedBarrierSync<1, 32 * Tile::kConsumerWarps>();
+      NamedBarrierSync<kTmaConsumers, 32 * Tile::kConsumerWarps>();
     }
-    // Whatever warp it came from: lanes are alike. Two slots at once hide the latency of reading
-    // from another's memory, where there are registers for them.
-    constexpr int kSlots = Tile::kMma ? 1 : 2;
-    constexpr int kBatch = kSlots / kUnitTiles;
+    unsigned owner = 0, owners_first = 0;
+#pragma unroll
+    for (int b = 0; b < kTokens / 8; ++b) {
+      if (b >= blocks) break;
+      const unsigned unit = b * Tile::kTeamWarps + warp;
+      while (unit >= owners_first + deal.per) ++owner, owners_first += deal.per;
+      const uint32_t to = inbox + (rank * deal.per + unit - owners_first) * Tile::kUnitBytes;
+      const uint32_t remote = MapToRank(to, owner);
+      const uint32_t barrier = MapToRank(inbox_barrier, owner);
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        const float4 v =
+            make_float4(acc[j][4 * b], acc[j][4 * b + 1], acc[j][4 * b + 2], acc[j][4 * b + 3]);
+        if (owner == rank) {
+          StoreSharedFour(to + j * Tile::kSlotBytes, v);
+        } else {
+          StoreClusterSharedAsync(remote + j * Tile::kSlotBytes, v, barrier);
+        }
+      }
+    }
+    NamedBarrierSync<kTmaConsumers, 32 * Tile::kConsumerWarps>();
+    if (p.cluster) BarrierWait(inbox_barrier, 0);
 #pragma unroll 1
-    for (unsigned first = warp; first < exchange.own; first += Tile::kConsumerWarps * kBatch) {
-      uint32_t at[kSlots];
-      float4 sums[kSlots];
+    for (unsigned i = warp; i < deal.own; i += Tile::kConsumerWarps) {
+      float v[kTiles][4];
 #pragma unroll
-      for (int i = 0; i < kSlots; ++i) {
-        const unsigned unit =
-            exchange.rank * exchange.per + first + i / kUnitTiles * Tile::kConsumerWarps;
-        at[i] = slots + (unit * kUnitTiles + i % kUnitTiles) * Tile::kSlotBytes;
-      }
-      const bool all = kBatch == 1 || first + Tile::kConsumerWarps < exchange.own;
-      exchange.Sum(at, all ? kSlots : 1, sums);
+      for (int j = 0; j < kTiles; ++j) {
+        float4 sum = LoadSharedFour(inbox + i * Tile::kUnitBytes + j * Tile::kSlotBytes);
 #pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
-        if (u > 0 && !all) break;
-        const unsigned unit = exchange.rank * exchange.per + first + u * Tile::kConsumerWarps;
-        const int of_warp = unit / kWarpUnits % Tile::kTeamWarps;
-        const HalfWord<kUnitTiles> half(epilogue, output0 + 8 * Lane::Word(of_warp),
-                                        kWarpUnits == 1 ? Lane::Byte(of_warp) : unit % kWarpUnits,
-                                        g % 2);
-        float v[kUnitTiles][4];
-#pragma unroll
-        for (int j = 0; j < kUnitTiles; ++j) {
-          const float4& sum = sums[u * kUnitTiles + j];
-          v[j][0] = sum.x, v[j][1] = sum.y, v[j][2] = sum.z, v[j][3] = sum.w;
+        for (int r = 1; r < kMaxCluster; ++r) {
+          if (r >= parts) break;
+          Add(sum,
+              LoadSharedFour(inbox + (r * deal.per + i) * Tile::kUnitBytes + j * Tile::kSlotBytes));
         }
-        const unsigned block = unit / (kWarpUnits * Tile::kTeamWarps);
-        if (p.buffers.row_scale) {
-#pragma unroll
-          for (int j = 0; j < kUnitTiles; ++j) row_scales.Multiply(block, v[j]);
-        }
-        half.template Store<true>(epilogue, v, token + 8 * block);
+        v[j][0] = sum.x, v[j][1] = sum.y, v[j][2] = sum.z, v[j][3] = sum.w;
       }
+      const unsigned unit = rank * deal.per + i;
+      const int of_warp = unit % Tile::kTeamWarps;
+      const unsigned block = unit / Tile::kTeamWarps;
+      if (p.buffers.row_scale) {
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) row_scales.Multiply(block, v[j]);
+      }
+      // Whatever warp it came from: lanes are alike.
+      const HalfWord<kTiles> half(epilogue, output0 + 8 * Lane::Word(of_warp), Lane::Byte(of_warp),
+                                  g % 2);
+      half.template Store<true>(epilogue, v, token + 8 * block);
     }
-    if (p.cluster || members > 1) {  // nobody leaves while others read its memory, or arrive at it
+    if (members > 1) {  // nobody leaves while others arrive at its barriers
       ClusterArriveRelaxed();
       ClusterWait();
     }
@@ -323,26 +321,26 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
 // warps what warps of the kernel before had of them.
 template <int kTokens, int kTiles>
 __global__ void __launch_bounds__(32 * TmaTile<kTokens, kTiles, 2>::kTeamWarps)
-    FinishTailKernel(const __grid_constant__ AwqGemmParams p, unsigned steps, unsigned ctas) {
+    FinishTailKernel(const __grid_constant__ AwqGemmParams p,
+                     const __grid_constant__ TmaSchedule schedule) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Tile = TmaTile<kTokens, kTiles, 2>;
   using Lane = TmaLane<Tile>;
   constexpr int kBlocks = kTokens / 8;
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
-  const TmaTileOrder order(p, kTokens, Tile::kOutputs);
-  const StreamK stream(order.count, steps, ctas);
+  const StreamK& stream = schedule.stream;
   const unsigned tail_tile = blockIdx.x / kBlocks;
   const unsigned block = blockIdx.x % kBlocks;
   unsigned batch, row, column;
-  order.Find(stream.whole + tail_tile, &batch, &row, &column);
+  schedule.order.Find(stream.whole + tail_tile, &batch, &row, &column);
   const int64_t token0 = static_cast<int64_t>(row) * kTokens + 8 * block;
   if (token0 >= p.m) return;
 
   float4 sums[kTiles] = {};
-  for (unsigned cta = stream.FirstOf(tail_tile); cta < ctas; ++cta) {
+  for (unsigned cta = stream.FirstOf(tail_tile); cta < stream.ctas; ++cta) {
     const Share share = stream.Of(cta);
-    if (share.first >= (tail_tile + 1) * steps) break;
+    if (share.first >= (tail_tile + 1) * stream.steps) break;
     if (share.count == 0) continue;
     const float4* part =
         static_cast<const float4*>(p.buffers.workspace) +
@@ -380,39 +378,34 @@ cudaError_t LaunchTmaTile(const AwqGemmPlan& plan, const AwqGemmParams& p, cudaS
   params.p = p;
   // Codes come so fast that x has to be read once for two CTAs.
   params.members = Tile::kCodes && kTiles == 1 && p.splits == 1 && columns > 1 ? 2 : 1;
-  const int64_t step = 8 * params.members;
-  params.x_rows =
-      static_cast<int>(std::min<int64_t>(kTokens, (p.m + step - 1) / step * step)) / params.members;
+  const int64_t last_rows = p.m - (p.m - 1) / kTokens * kTokens;
+  const int step = 8 * params.members;
+  params.x_rows[0] = kTokens / params.members;
+  params.x_rows[1] =
+      static_cast<int>(params.members == 1 ? last_rows : (last_rows + step - 1) / step * 8);
   params.batch_x = p.buffers.x_stride != 0;
   params.batch_weight = w.qweight_stride != 0;
-  params.stream_k = plan.stream_k;
-  params.exchange = p.cluster || Tile::kTeams > 1 || p.buffers.activation != Activation::kNone;
+  params.exchange = p.cluster || p.buffers.activation != Activation::kNone;
   const CUtensorMapDataType type = sizeof(T) == 1              ? CU_TENSOR_MAP_DATA_TYPE_UINT8
                                    : std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                                                : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const int64_t x_batch = params.batch_x ? p.batch : 1;
   const int64_t weight_batch = params.batch_weight ? p.batch : 1;
-  const int64_t groups = w.group_shift == kSingleGroup ? 1 : (w.k >> w.group_shift);
   params.group_rows = std::max(1, Tile::kDepth >> w.group_shift);
-  const auto encode_groups = [&](CUtensorMap* scales, CUtensorMap* zeros, int rows) {
-    return maps->Encode(scales, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, w.scales, w.n, groups,
-                        weight_batch, Tile::kOutputs, rows, CU_TENSOR_MAP_SWIZZLE_NONE) &&
-           (w.qzeros == nullptr ||
-            maps->Encode(zeros, CU_TENSOR_MAP_DATA_TYPE_INT32, 4, w.qzeros, w.n / 8, groups,
-                         weight_batch, Tile::kOutputs / 8, rows, CU_TENSOR_MAP_SWIZZLE_NONE));
-  };
-  bool encoded =
-      maps->Encode(&params.x, type, sizeof(T), p.buffers.x, w.k, p.m, x_batch, Tile::kPartDepth,
-                   params.x_rows, CU_TENSOR_MAP_SWIZZLE_128B) &&
-      maps->Encode(&params.words, CU_TENSOR_MAP_DATA_TYPE_INT32, 4, w.qweight, w.n / 8, w.k,
-                   weight_batch, Tile::kOutputs / 8, Tile::kDepth,
-                   kTiles == 2 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B) &&
-      encode_groups(&params.scales, &params.zeros, params.group_rows);
+  bool encoded = maps->EncodeWeight(&params.words, &params.scales, &params.zeros, w, weight_batch,
+                                    Tile::kOutputs, Tile::kDepth, params.group_rows);
+  for (int last = 0; last < 2; ++last) {
+    encoded =
+        encoded && maps->Encode(&params.x[last], type, sizeof(T), p.buffers.x, w.k, p.m, x_batch,
+                                Tile::kPartDepth, params.x_rows[last], CU_TENSOR_MAP_SWIZZLE_128B);
+    if (!Tile::kCodes) continue;
+    encoded = encoded && maps->Encode(&params.sums[last], CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2,
+                                      p.buffers.chunk_sums, ChunkSumColumns(w.k), p.m, x_batch, 64,
+                                      params.x_rows[last], CU_TENSOR_MAP_SWIZZLE_128B);
+  }
   if (Tile::kCodes && encoded) {
-    encoded = maps->Encode(&params.sums, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, p.buffers.chunk_sums,
-                           ChunkSumColumns(w.k), p.m, x_batch, 64, params.x_rows,
-                           CU_TENSOR_MAP_SWIZZLE_128B) &&
-              encode_groups(&params.sum_scales, &params.sum_zeros, Tile::kSumChunks);
+    encoded = maps->EncodeGroups(&params.sum_scales, &params.sum_zeros, w, weight_batch,
+                                 Tile::kOutputs, Tile::kSumChunks);
   }
   if (!encoded) return cudaErrorInvalidValue;
 
@@ -420,19 +413,17 @@ cudaError_t LaunchTmaTile(const AwqGemmPlan& plan, const AwqGemmParams& p, cudaS
       (p.m + kTokens - 1) / kTokens * ((columns + params.members - 1) / params.members) * p.batch;
   const bool persistent = p.splits == 1 && !params.exchange;
   const int64_t resident = plan.resident_ctas / params.members;
-  const int64_t ctas = plan.stream_k ? resident
-                       : persistent  ? std::min(tiles, resident)
-                                     : tiles * p.splits;
+  const int64_t groups = plan.stream_k ? resident : persistent ? std::min(tiles, resident) : tiles;
+  params.schedule =
+      TmaSchedule(p, kTokens, Tile::kOutputs, Tile::kDepth, params.members, groups, plan.stream_k);
   const cudaError_t error = LaunchClusters(
       AwqGemmTmaKernel<T, S, kTokens, kTiles>, params, p.cluster_size() * params.members,
-      dim3(static_cast<unsigned>(ctas * params.members)), Tile::kThreads, Tile::kSharedBytes,
-      stream, p.buffers.overlap);
+      dim3(static_cast<unsigned>(groups * p.splits * params.members)), Tile::kThreads,
+      Tile::kSharedBytes, stream, p.buffers.overlap);
   if constexpr (!Tile::kCodes) {
     if (error != cudaSuccess || !plan.stream_k || tiles % resident == 0) return error;
-    FinishTailKernel<kTokens, kTiles>
-        <<<static_cast<unsigned>(tiles % resident * (kTokens / 8)), 32 * Tile::kTeamWarps, 0,
-           stream>>>(p, static_cast<unsigned>((p.contraction + Tile::kDepth - 1) / Tile::kDepth),
-                     static_cast<unsigned>(resident));
+    FinishTailKernel<kTokens, kTiles><<<static_cast<unsigned>(tiles % resident * (kTokens / 8)),
+                                        32 * Tile::kTeamWarps, 0, stream>>>(p, params.schedule);
     return cudaGetLastError();
   }
   return error;
@@ -441,14 +432,14 @@ cudaError_t LaunchTmaTile(const AwqGemmPlan& plan, const AwqGemmParams& p, cudaS
 template <typename T, typename S>
 cudaError_t LaunchTmaTiles(const AwqGemmPlan& plan, const AwqGemmParams& p, cudaStream_t stream) {
   switch (plan.tile_tokens * 1000 + plan.tile_outputs) {
-    case 8256:
-      return LaunchTmaTile<T, S, 8, 2>(plan, p, stream);
-    case 16256:
-      return LaunchTmaTile<T, S, 16, 2>(plan, p, stream);
     case 32256:
       return LaunchTmaTile<T, S, 32, 2>(plan, p, stream);
+    case 64128:
+      return LaunchTmaTile<T, S, 64, 1>(plan, p, stream);
     case 64256:
       return LaunchTmaTile<T, S, 64, 2>(plan, p, stream);
+    case 96128:
+      return LaunchTmaTile<T, S, 96, 1>(plan, p, stream);
     case 96256:
       return LaunchTmaTile<T, S, 96, 2>(plan, p, stream);
     case 128128:

@@ -26,8 +26,7 @@ bool TakesBytes(const std::string& variant) { return StartsWith(variant, "w4a8_"
 // Whether a kernel of awq_gemm multiplies codes of the weight and then scales the sums of a group.
 // Others round (q - z) * s to 16 bits first, which the sums of integers are not to see.
 bool KeepsGroupSums(const std::string& variant) {
-  return TakesBytes(variant) || StartsWith(variant, "decode_") || variant == "tma_8x256" ||
-         variant == "tma_16x256";
+  return TakesBytes(variant) || StartsWith(variant, "decode_") || StartsWith(variant, "few_");
 }
 
 size_t Aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }

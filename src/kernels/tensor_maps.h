@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "kernels/types.h"
+
 namespace jax_awq {
 
 // Three-dimensional tensor maps: batch, rows, columns, the columns contiguous.
@@ -28,6 +30,26 @@ class TensorMaps {
     return encode_(map, type, 3, const_cast<void*>(base), sizes, strides, box, steps,
                    CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                    CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  }
+
+  // The parts of a weight of `batch` entries, for boxes of so many outputs: words in boxes of
+  // `depth` rows, swizzled by their width, scales and zero points (if there are any) of `groups`.
+  bool EncodeWeight(CUtensorMap* words, CUtensorMap* scales, CUtensorMap* zeros, const AwqWeight& w,
+                    int64_t batch, int outputs, int depth, int groups) const {
+    return Encode(words, CU_TENSOR_MAP_DATA_TYPE_INT32, 4, w.qweight, w.n / 8, w.k, batch,
+                  outputs / 8, depth,
+                  outputs == 256 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B) &&
+           EncodeGroups(scales, zeros, w, batch, outputs, groups);
+  }
+
+  bool EncodeGroups(CUtensorMap* scales, CUtensorMap* zeros, const AwqWeight& w, int64_t batch,
+                    int outputs, int groups) const {
+    const int64_t all = w.group_shift == kSingleGroup ? 1 : w.k >> w.group_shift;
+    return Encode(scales, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, w.scales, w.n, all, batch, outputs,
+                  groups, CU_TENSOR_MAP_SWIZZLE_NONE) &&
+           (w.qzeros == nullptr ||
+            Encode(zeros, CU_TENSOR_MAP_DATA_TYPE_INT32, 4, w.qzeros, w.n / 8, all, batch,
+                   outputs / 8, groups, CU_TENSOR_MAP_SWIZZLE_NONE));
   }
 
  private:

@@ -10,6 +10,7 @@ from gpu.variants import (
     BF16,
     F16,
     F32,
+    MOST_ROWS,
     OF_CODES,
     TRANSPOSED,
     VARIANTS,
@@ -88,6 +89,20 @@ CASES = (
     Case(513, 384, 256, -1, symmetric=True, bias=F32),
     Case(40, 1024, 288, 64, split=8, out=F32),
     Case(12, 2176, 256, 128, split=11, bias=BF16),
+    # The same for few tokens.
+    Case(1, 2048, 544, 32, BF16),
+    Case(2, 1024, 1056, 64, bias=F32, activation="gelu"),
+    Case(3, 1184, 288, -1, BF16, bias=BF16),
+    Case(5, 4096, 512, 64, split=7, activation="relu", out=F32),
+    Case(6, 3072, 320, 32, BF16, scales=F16, split=3),
+    Case(7, 2048, 96, 128, symmetric=True, split=8),
+    Case(8, 200, 800, -1, symmetric=True, bias=F16, out=BF16),
+    Case(8, 1536, 352, 128, split=12, bias=F16),
+    Case(9, 2048, 288, 128, BF16, bias=F32, out=F16),
+    Case(11, 1024, 608, 32, split=2),
+    Case(14, 4096, 544, 64, BF16, split=5, activation="silu"),
+    Case(16, 384, 12320, 128),
+    Case(16, 1120, 32, -1, split=4, out=F32),
 )
 TRANSPOSED_CASES = (
     Case(1, 256, 128, 64),
@@ -110,6 +125,7 @@ BATCHED_CASES = (
     (Case(20, 320, 288, 64, bias=F16), "x"),
     (Case(70, 320, 288, 64, BF16, bias=BF16), WEIGHT),
     (Case(9, 1024, 288, 32, split=3, bias=BF16), f"x {WEIGHT} bias"),
+    (Case(4, 1024, 288, 128, split=3, bias=BF16), f"x {WEIGHT} bias"),
 )
 MIN_CASES = 9  # of CASES, for every variant
 
@@ -256,7 +272,7 @@ def identity_case(x, scales, layout, transpose):
 def test_identity_gives_the_weight(x, scales, layout, transpose, variant, force):
     """Bit for bit: every product but one is 0, so nothing rounds except the weight."""
     case, weight, wanted = identity_case(x, scales, layout, transpose)
-    rows = {"decode_8": 8, "decode_16": 16}.get(variant, len(wanted))
+    rows = MOST_ROWS.get(variant, len(wanted))
     function = case.cotangent if transpose else case.product
     left = (np.zeros((rows, case.k), x), weight) if transpose else ()
     eye = np.eye(len(wanted), dtype=x)

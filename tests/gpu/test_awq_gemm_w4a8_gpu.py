@@ -168,11 +168,11 @@ def test_every_kernel_of_bytes_runs_enough():
 def test_kernels_of_codes_as_floats(force, case, codes, variant):
     p = problem_of(case, codes)
     check_forced(force, variant, p, p.base.x)
-    if codes != "float8_e4m3fn" and variant in ("simt", "tma_8x256"):
+    if codes != "float8_e4m3fn" and variant in ("simt", "few_8x256"):
         check_forced(force, variant, p, p.quantized())
 
 
-@pytest.mark.parametrize("variant", ["w4a8_32x256", "w4a8_128x128", "tma_16x256", "simt"])
+@pytest.mark.parametrize("variant", ["w4a8_32x256", "w4a8_128x128", "few_16x256", "simt"])
 @pytest.mark.parametrize(("granularity", "static"), GRANULARITIES)
 @every_codes
 @pytest.mark.parametrize("batch", [(), (3,)])

@@ -21,10 +21,12 @@ F16, BF16, F32 = (jnp.dtype(d) for d in (jnp.float16, jnp.bfloat16, jnp.float32)
 VARIANTS = (
     "decode_8",
     "decode_16",
-    "tma_8x256",
-    "tma_16x256",
+    "few_8x256",
+    "few_16x256",
     "tma_32x256",
+    "tma_64x128",
     "tma_64x256",
+    "tma_96x128",
     "tma_96x256",
     "tma_128x128",
     "tma_128x256",
@@ -51,7 +53,8 @@ VARIANTS = (
 )
 # Of awq_gemm_w4a8 alone.
 OF_CODES = ("w4a8_32x256", "w4a8_64x256", "w4a8_128x128", "w4a8_256x128")
-TRANSPOSED = tuple(v for v in VARIANTS if not v.startswith(("decode", "tma", "stream")))
+MOST_ROWS = {"decode_8": 8, "decode_16": 16, "few_8x256": 8, "few_16x256": 16}
+TRANSPOSED = tuple(v for v in VARIANTS if not v.startswith(("decode", "few", "tma", "stream")))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,43 @@
+// What the parts of the kernel for few tokens agree on, and where their sums meet.
+#pragma once
+
+#include "device/tma_tile.cuh"
+
+namespace jax_awq {
+
+// Members that share the chunks of a tile: the most chunks that one owns, times all of them.
+constexpr int MostInboxUnits(int chunks) {
+  int most = 0;
+  for (int members = 2; members <= kMaxCluster; ++members) {
+    const int units = (chunks + members - 1) / members * members;
+    if (units > most) most = units;
+  }
+  return most;
+}
+
+// More in flight than memory needs (40 KB a processor) would only delay what is needed first: it
+// answers in no order.
+template <int kTokens>
+struct FewTile : TmaPipeline<kTokens, 2, 2, 128, 4> {
+  using Pipeline = TmaPipeline<kTokens, 2, 2, 128, 4>;
+  // Teams of eight warps take turns at the stages. Each stage is always the same team's: a team
+  // that runs ahead would take a stage of the other's that is not full yet for one of its own.
+  static constexpr int kTeams = 2;
+  static_assert(Pipeline::kStages % kTeams == 0);
+  static constexpr int kConsumerWarps = kTeams * Pipeline::kTeamWarps;
+  static constexpr int kConsumers = 32 * kConsumerWarps;
+  static constexpr int kThreads = kConsumers + 32;
+
+  // What a warp has of its 32 outputs. Others push theirs while the pipeline still runs, so that
+  // nothing of this shares its memory.
+  static constexpr int kVectors = kTokens / 4;  // of four outputs of a token, that a lane has
+  static constexpr int kUnitBytes = kVectors * Pipeline::kSlotBytes;
+  static constexpr int kInboxBarrierAt = Pipeline::kPipelineBytes;
+  static constexpr int kTeamSumsAt = kInboxBarrierAt + 16;
+  static constexpr int kInboxAt = kTeamSumsAt + Pipeline::kTeamWarps * kUnitBytes;
+  static constexpr int kSharedBytes =
+      kInboxAt + MostInboxUnits(Pipeline::kTeamWarps) * kUnitBytes + Pipeline::kAlignment;
+  static_assert(kSharedBytes <= 227 * 1024);
+};
+
+}  // namespace jax_awq

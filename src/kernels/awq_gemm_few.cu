@@ -1,0 +1,290 @@
+// The kernel for few tokens on sm_90a: reading the weights is all the work there is.
+//
+// A CTA has 256 outputs and all tokens. One warp keeps TMA copies coming, two teams of eight warps
+// take turns at the stages, and the CTAs of a cluster divide K. Once little is left to read, time
+// goes to what a single warp does one instruction after the other, five clocks each: so no division
+// and no wait stands before the first copy, and sums are pushed to the member that finishes them,
+// who alone waits.
+
+#include <cuda.h>
+
+#include <algorithm>
+#include <type_traits>
+
+#include "device/consumer_mma.cuh"
+#include "device/epilogue.cuh"
+#include "device/few_tile.cuh"
+#include "device/ptx.cuh"
+#include "kernels/awq_gemm_launch.cuh"
+#include "kernels/tensor_maps.h"
+
+namespace jax_awq {
+namespace {
+
+struct FewParams {
+  CUtensorMap words, scales, zeros, x;
+  AwqGemmParams p;
+  Share::Even steps;          // of the members of a cluster
+  int x_rows;                 // of x: what lies outside a tensor takes longer to fill than to copy
+  int group_rows;             // of a box of scales or zeros
+  int batch_x, batch_weight;  // 1 where every batch entry has its own, 0 where all share one
+};
+
+constexpr int kBarriersReady = 1;  // named barriers of a CTA
+constexpr int kTeamSumsReady = 2;
+
+// The warp that copies. Stages come in order; x of a stage right behind its weight, or it would
+// come behind the weight of all.
+template <typename Tile>
+__device__ __forceinline__ void Produce(const FewParams& params, const Share& share,
+                                        uint32_t shared) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  const AwqGemmParams& p = params.p;
+  const int group_shift = p.buffers.weight.group_shift;
+  const bool has_zeros = p.buffers.weight.qzeros != nullptr;
+  const int output0 = blockIdx.y * Tile::kOutputs;
+  const int x_batch = blockIdx.z * params.batch_x;
+  const int weight_batch = blockIdx.z * params.batch_weight;
+  const uint32_t bytes =
+      params.x_rows * Tile::kDepth * 2 + Tile::kWordBytes +
+      params.group_rows * (Tile::kOutputs * 2 + (has_zeros ? Tile::kOutputs / 2 : 0));
+  // What is of the weight, and announces the whole stage; and what is of x.
+  const auto copy_weight = [&](int stage, int i) {
+    const uint32_t barrier = Tile::Full(shared, stage);
+    const int depth = (share.first + i) * Tile::kDepth;
+    const int group = depth >> group_shift;
+    BarrierArriveExpecting(barrier, bytes);
+    CopyBox(Tile::Words(shared, stage), &params.words, output0 / 8, depth, weight_batch, barrier);
+    CopyBox(Tile::Scales(shared, stage), &params.scales, output0, group, weight_batch, barrier);
+    if (has_zeros) {
+      CopyBox(Tile::Zeros(shared, stage), &params.zeros, output0 / 8, group, weight_batch, barrier);
+    }
+  };
+  const auto copy_x = [&](int stage, int i) {
+    const int depth = (share.first + i) * Tile::kDepth;
+#pragma unroll
+    for (int part = 0; part < Tile::kParts; ++part) {
+      CopyBox(Tile::X(shared, stage) + part * Tile::kTokens * 128, &params.x,
+              depth + part * Tile::kPartDepth, 0, x_batch, Tile::Full(shared, stage));
+    }
+  };
+
+  if (ElectOne()) {
+#pragma unroll
+    for (int s = 0; s < Tile::kStages; ++s) {
+      BarrierInit(Tile::Full(shared, s), 1);
+      BarrierInit(Tile::Empty(shared, s), Tile::kTeamWarps);
+    }
+    BarrierInit(shared + Tile::kInboxBarrierAt, 1);
+    BarrierInitFence();
+  }
+  __syncwarp();
+  NamedBarrierArrive<kBarriersReady, Tile::kThreads>();
+  const int begun = min(Tile::kStages, share.count);
+#pragma unroll 1
+  for (int i = 0; i < begun; ++i) {
+    if (ElectOne()) {
+      copy_weight(i, i);
+      if (!p.buffers.overlap) copy_x(i, i);
+    }
+  }
+  if (p.buffers.overlap) {  // the weight comes while x is still written
+    WaitForKernelBefore();
+#pragma unroll 1
+    for (int i = 0; i < begun; ++i) {
+      if (ElectOne()) copy_x(i, i);
+    }
+  }
+  StageCounter<Tile::kStages> at;
+#pragma unroll 1
+  for (int i = begun; i < share.count; ++i) {
+    BarrierWait(Tile::Empty(shared, at.stage), at.phase);
+    if (ElectOne()) {
+      copy_weight(at.stage, i);
+      copy_x(at.stage, i);
+    }
+    __syncwarp();
+    at.Advance();
+  }
+#endif
+}
+
+template <typename T, typename S, int kTokens>
+__global__ void __launch_bounds__(FewTile<kTokens>::kThreads, 1)
+    AwqGemmFewKernel(const __grid_constant__ FewParams params) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using Tile = FewTile<kTokens>;
+  constexpr int kVectors = Tile::kVectors;
+  const AwqGemmParams& p = params.p;
+  extern __shared__ char unaligned[];
+  const uint32_t shared =
+      (SharedAddress(unaligned) + Tile::kAlignment - 1) / Tile::kAlignment * Tile::kAlignment;
+  const uint32_t inbox_barrier = shared + Tile::kInboxBarrierAt;
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // known to be uniform
+  const unsigned split = blockIdx.x;
+  const Share share(params.steps, split);
+  if (warp == Tile::kConsumerWarps) {
+    Produce<Tile>(params, share, shared);
+    return;
+  }
+
+  MmaConsumer<T, S, kTokens> consumer(shared, p.buffers.weight.group_shift,
+                                      p.buffers.weight.qzeros != nullptr);
+  const EpilogueParams plain = MakeEpilogue(p, blockIdx.z);
+  NamedBarrierSync<kBarriersReady, Tile::kThreads>();
+  // Whoever comes out of the wait below knows that the barriers of all members are set up; the
+  // fence of the one that did it is release enough.
+  if (p.cluster) ClusterArriveRelaxed();
+  if (p.buffers.overlap) WaitForKernelBefore();  // which writes the scales of rows
+  const RowScales<kTokens> row_scales(plain, 0);
+  float acc[Tile::kTiles][kTokens / 2];
+  consumer.Accumulate(share, acc);
+
+  // Vector 2 b + i: the even or the odd outputs of a word, of token 8 b + 2 t + i.
+  const int lane = threadIdx.x % 32;
+  const int g = lane / 4;
+  const int t = lane % 4;
+  const unsigned chunk = warp % Tile::kTeamWarps;
+  float4 sums[kVectors];
+#pragma unroll
+  for (int q = 0; q < kVectors; ++q) {
+    const int i = q / 2 * 4 + q % 2;
+    sums[q] = make_float4(acc[0][i], acc[0][i + 2], acc[1][i], acc[1][i + 2]);
+  }
+  const uint32_t team_slot = shared + Tile::kTeamSumsAt + chunk * Tile::kUnitBytes + 16 * lane;
+  if (warp >= Tile::kTeamWarps) {  // the second team gives its sums to the first
+#pragma unroll
+    for (int q = 0; q < kVectors; ++q) {
+      StoreSharedFour(team_slot + q * Tile::kSlotBytes, sums[q]);
+    }
+    NamedBarrierArrive<kTeamSumsReady, Tile::kConsumers>();
+    if (p.cluster) ClusterWait();
+    return;
+  }
+  NamedBarrierSync<kTeamSumsReady, Tile::kConsumers>();
+#pragma unroll
+  for (int q = 0; q < kVectors; ++q) {
+    Add(sums[q], LoadSharedFour(team_slot + q * Tile::kSlotBytes));
+  }
+
+  const int m = static_cast<int>(p.m);
+  if (p.cluster) {
+    // Chunks are dealt out to the members, and what others have of one comes to the inbox of its
+    // owner, who adds in the order of members.
+    const unsigned members = p.splits;
+    unsigned owner = chunk, round = 0;
+    while (owner >= members) owner -= members, ++round;
+    const uint32_t inbox = shared + Tile::kInboxAt + round * members * Tile::kUnitBytes + 16 * lane;
+    ClusterWait();
+    if (owner != split) {
+      const uint32_t to = MapToRank(inbox + split * Tile::kUnitBytes, owner);
+      const uint32_t barrier = MapToRank(inbox_barrier, owner);
+#pragma unroll
+      for (int q = 0; q < kVectors; ++q) {
+        if (q / 2 * 8 + 2 * t + q % 2 < m) {
+          StoreClusterSharedAsync(to + q * Tile::kSlotBytes, sums[q], barrier);
+        }
+      }
+      return;
+    }
+    if (chunk == split && lane == 0) {  // the first of this member's chunks
+      unsigned own = 0;
+      for (unsigned c = split; c < Tile::kTeamWarps; c += members) ++own;
+      BarrierArriveExpecting(inbox_barrier, own * (members - 1) * m * 32 * sizeof(float));
+    }
+    BarrierWait(inbox_barrier, 0);
+    float4 own_sums[kVectors];
+#pragma unroll
+    for (int q = 0; q < kVectors; ++q) own_sums[q] = sums[q];
+#pragma unroll
+    for (int member = 0; member < kMaxCluster; ++member) {
+      if (member >= members) break;
+#pragma unroll
+      for (int q = 0; q < kVectors; ++q) {
+        const float4 part =
+            member == split
+                ? own_sums[q]
+                : LoadSharedFour(inbox + member * Tile::kUnitBytes + q * Tile::kSlotBytes);
+        if (member == 0) {
+          sums[q] = part;
+        } else {
+          Add(sums[q], part);
+        }
+      }
+    }
+  }
+
+  EpilogueParams epilogue = plain;
+  if (epilogue.partials) epilogue.WriteOnly(split * p.batch * p.size());
+  const int odd = g % 2;
+  const HalfWord<2> half(
+      epilogue, static_cast<int64_t>(blockIdx.y) * Tile::kOutputs + 8 * consumer.lane.word, 0, odd);
+#pragma unroll
+  for (int b = 0; b < kTokens / 8; ++b) {
+    if (8 * b >= m) break;
+    const float4& x = sums[2 * b];
+    const float4& y = sums[2 * b + 1];
+    float v[2][4] = {{x.x, y.x, x.y, y.y}, {x.z, y.z, x.w, y.w}};
+    if (p.buffers.row_scale) {
+      row_scales.Multiply(b, v[0]);
+      row_scales.Multiply(b, v[1]);
+    }
+    half.Store<true>(epilogue, v, 8 * b + 2 * t + odd);
+  }
+#endif
+}
+
+template <typename T, typename S, int kTokens>
+cudaError_t LaunchTokens(const AwqGemmParams& p, cudaStream_t stream) {
+  using Tile = FewTile<kTokens>;
+  const TensorMaps* maps = TensorMaps::Get();
+  if (maps == nullptr) return cudaErrorNotSupported;
+  const AwqWeight& w = p.buffers.weight;
+  const auto steps = static_cast<unsigned>((w.k + Tile::kDepth - 1) / Tile::kDepth);
+  FewParams params = {};
+  params.p = p;
+  params.steps = {steps / p.splits, steps % p.splits};
+  params.x_rows = static_cast<int>(p.m);
+  params.group_rows = std::max(1, Tile::kDepth >> w.group_shift);
+  params.batch_x = p.buffers.x_stride != 0;
+  params.batch_weight = w.qweight_stride != 0;
+  const CUtensorMapDataType type = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                             : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const int64_t x_batch = params.batch_x ? p.batch : 1;
+  if (!maps->Encode(&params.x, type, sizeof(T), p.buffers.x, w.k, p.m, x_batch, Tile::kPartDepth,
+                    params.x_rows, CU_TENSOR_MAP_SWIZZLE_128B) ||
+      !maps->EncodeWeight(&params.words, &params.scales, &params.zeros, w,
+                          params.batch_weight ? p.batch : 1, Tile::kOutputs, Tile::kDepth,
+                          params.group_rows)) {
+    return cudaErrorInvalidValue;
+  }
+  const dim3 grid(p.splits,
+                  static_cast<unsigned>((p.outputs + Tile::kOutputs - 1) / Tile::kOutputs),
+                  static_cast<unsigned>(p.batch));
+  return LaunchClusters(AwqGemmFewKernel<T, S, kTokens>, params, p.cluster_size(), grid,
+                        Tile::kThreads, Tile::kSharedBytes, stream, p.buffers.overlap);
+}
+
+template <typename T, typename S>
+cudaError_t Launch(const AwqGemmPlan& plan, const AwqGemmParams& params, cudaStream_t stream) {
+  switch (plan.tile_tokens) {
+    case 8:
+      return LaunchTokens<T, S, 8>(params, stream);
+    case 16:
+      return LaunchTokens<T, S, 16>(params, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace
+
+cudaError_t LaunchAwqGemmFew(const AwqGemmProblem& p, const AwqGemmPlan& plan,
+                             const AwqGemmBuffers& buffers, cudaStream_t stream) {
+  const AwqGemmParams params = MakeParams(p, plan, buffers);
+  if (p.x_dtype == DType::kF16) return Launch<__half, __half>(plan, params, stream);
+  return p.scales_dtype == DType::kF16 ? Launch<__nv_bfloat16, __half>(plan, params, stream)
+                                       : Launch<__nv_bfloat16, __nv_bfloat16>(plan, params, stream);
+}
+
+}  // namespace jax_awq
