@@ -21,7 +21,7 @@ from jax_awq.testing import (
 )
 
 CODES = ("int8", "int4", "float8_e4m3fn")
-_KEEPS_SUMS = ("", "quantize_activation", "tma_8x256", "tma_16x256")  # of groups, before scales
+_KEEPS_SUMS = ("", "quantize_activation", "few_8x256", "few_16x256")  # of groups, before scales
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,19 +92,25 @@ class W4A8Problem:
     def float8_error(self) -> np.ndarray:
         """What tensor cores may lose of float8 products in one-byte arithmetic.
 
-        Hopper aligns the products of one instruction and its sum to the largest of them and keeps
-        about 14 bits (https://arxiv.org/abs/2412.19437, 3.3.2), so what is lost grows with the sum
-        of magnitudes; kernels multiply codes of the weight before the zero point is subtracted.
+        Hopper aligns the products of one instruction and the sum so far to the largest of them and
+        keeps about 14 bits (https://arxiv.org/abs/2412.19437, 3.3.2), so what is lost grows with
+        the magnitudes of both; kernels multiply codes of the weight before the zero point is
+        subtracted.
         """
+        depth = 32  # of an instruction (PTX ISA, wgmma of e4m3)
         weight = self.base.weight
         none = dataclasses.replace(weight, qweight=np.zeros_like(weight.qweight))
         codes = dequantize_float64(weight) - dequantize_float64(none)  # times their scales
         q, sx = self.rounded()
         *batch, k, n = weight.shape
-        rows = np.abs(q.astype(np.float64)).reshape(*batch, -1, k)
-        sums = (rows @ codes).reshape(*q.shape[:-1], n)
+        rows = q.astype(np.float64).reshape(*batch, -1, k)
+        products = np.abs(rows) @ codes
+        sums, so_far = 0.0, 0.0
+        for at in range(0, k, depth):
+            so_far = so_far + rows[..., at : at + depth] @ codes[..., at : at + depth, :]
+            sums = sums + np.abs(so_far)
         steepest = 1.0 if self.base.activation is None else 1.13  # slope of an activation
-        return steepest * 2.0**-13 * sums * np.abs(sx)
+        return steepest * 2.0**-13 * (products + sums).reshape(*q.shape[:-1], n) * np.abs(sx)
 
     def _result(self, dtype: Any, rounded_weight: bool = False) -> np.ndarray:
         base, weight = self.base, self.base.weight
