@@ -264,16 +264,16 @@ def test_read_is_one_row_of_its_own(monkeypatch):
     )
     assert [(row["impl"], row["M"]) for row in rows] == [("read", 0)]
     assert set(launches) == set(range(6))
-    assert rows[0]["floor_us"] == round(CASE.packed_bytes / run.READ_BYTES_PER_SECOND * 1e6, 3)
+    assert rows[0]["floor_us"] == round(CASE.packed_bytes / run.read_rate() * 1e6, 3)
     lines = report.overview([*rows, ROW], "float16").splitlines()
     assert lines[2] == f"| read | {rows[0]['us']:.1f} |"
     assert lines[3].startswith("| 1 |")
 
 
 def test_efficiency_is_the_limit_over_the_time():
-    small = ROW | {"us": 4.0}  # bytes decide: 256 x 128 codes, scales, zeros, x and y
+    small = ROW | {"us": 4.0, "read_bytes_per_second": 4.6e12}  # bytes decide: 256 x 128 codes, scales, zeros, x and y
     moved = 256 * 128 // 2 + 2 * 128 * 2 + 2 * 128 // 2 + (256 + 128) * 2
-    large = ROW | {"M": 1 << 20, "us": 200.0}
+    large = small | {"M": 1 << 20, "us": 200.0}
     other = ROW | {"impl": "xla_dense", "dtype": "bfloat16"}
     unknown = ROW | {"impl": "read", "M": 0}
     lines = plot.efficiency([large, small, other, unknown], [(256, 128)], "float16")

@@ -20,7 +20,7 @@ from typing import Any
 
 from jax_awq.bench import decode, generate, plot, report
 from jax_awq.bench.impls import IMPLS, can_read
-from jax_awq.bench.run import READ_BYTES_PER_SECOND, run
+from jax_awq.bench.run import read_rate, run
 from jax_awq.bench.timing import METHOD, MIN_WEIGHT_BYTES
 from jax_awq.problems import BENCH_PROBLEMS, BENCH_ROWS, PROBLEMS, W4A8_ROWS, Problem
 
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "generate":
         return generate.main(args)
     if args.command == "plot":
-        rows = [row for file in args.json for row in json.loads(file.read_text("utf-8"))["rows"]]
+        rows = [row for file in args.json for row in plot.read(file)]
         weights = [(shape.k, shape.n) for shape in args.shapes]
         plot.draw(rows, weights, args.dtype, args.out, args.note)
         return 0
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         print(text, end="")
         return 0
     top: dict[str, Any] = report.environment() | {
-        "ceilings": {"read_bytes_per_second": READ_BYTES_PER_SECOND},
+        "ceilings": {"read_bytes_per_second": read_rate()},
         "floor": "bytes of weight, x and y, each moved once, at read_bytes_per_second",
         "method": METHOD,
     }

@@ -1,5 +1,6 @@
 """A plot of benchmark results: how near to the limit of the machine, against M."""
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,17 @@ STYLES: dict[str, dict[str, Any]] = {
 }
 
 
+def read(file: Path) -> list[Row]:
+    """The rows of a result, each with the rate of memory where it was timed."""
+    result = json.loads(file.read_text("utf-8"))
+    rate = {"read_bytes_per_second": READ_BYTES_PER_SECOND[result["device"]]}
+    return [row | rate for row in result["rows"]]
+
+
 def limit_us(row: Row) -> float:
     """Microseconds that a 4-bit product of this size takes at the rates of memory and cores."""
     case = Case(row["M"], row["K"], row["N"], row["group_size"], row["dtype"])
-    moved = (case.packed_bytes + case.activation_bytes) / READ_BYTES_PER_SECOND
+    moved = (case.packed_bytes + case.activation_bytes) / row["read_bytes_per_second"]
     multiplied = 2 * case.m * case.k * case.n / FLOPS_PER_SECOND
     return max(moved, multiplied) * 1e6
 
