@@ -271,7 +271,8 @@ def test_read_is_one_row_of_its_own(monkeypatch):
 
 
 def test_efficiency_is_the_limit_over_the_time():
-    small = ROW | {"us": 4.0, "read_bytes_per_second": 4.6e12}  # bytes decide: 256 x 128 codes, scales, zeros, x and y
+    # Bytes decide: 256 x 128 codes, scales, zeros, x and y.
+    small = ROW | {"us": 4.0, "read_bytes_per_second": 4.6e12}
     moved = 256 * 128 // 2 + 2 * 128 * 2 + 2 * 128 // 2 + (256 + 128) * 2
     large = small | {"M": 1 << 20, "us": 200.0}
     other = ROW | {"impl": "xla_dense", "dtype": "bfloat16"}
