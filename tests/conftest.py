@@ -26,11 +26,30 @@ def _cuda_devices():
         return []
 
 
+OPTIMIZATIONS = "jax_disable_most_optimizations"
+
+
 def pytest_collection_modifyitems(items):
-    gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if gpu and not _cuda_devices():
-        for item in gpu:
+    if _cuda_devices():  # is tested, and timed, with the programs that users get
+        return
+    # Thousands of small programs run once each: LLVM would take longer to optimize them than they
+    # run. What XLA itself makes of a program stays as it is.
+    if OPTIMIZATIONS.upper() not in os.environ:
+        jax.config.update(OPTIMIZATIONS, True)
+    for item in items:
+        if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
+
+
+@pytest.fixture
+def optimized():
+    """Programs as users have them: for tests that mostly compute, or whose bits depend on it."""
+    before = jax.config.read(OPTIMIZATIONS)
+    jax.config.update(OPTIMIZATIONS, False)
+    if before:
+        jax.clear_caches()  # another test may have compiled the same program
+    yield
+    jax.config.update(OPTIMIZATIONS, before)
 
 
 @pytest.fixture

