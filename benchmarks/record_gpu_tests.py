@@ -1,6 +1,6 @@
 """Runs `pytest -m gpu` and records what came out.
 
-    python benchmarks/record_gpu_tests.py benchmarks/results/nvidia_h200/gpu_tests.json [pytest ...]
+    python benchmarks/record_gpu_tests.py benchmarks/results/nvidia_h100/gpu_tests.json [pytest ...]
 
 Further arguments go to pytest. Exits as pytest does. Interrupted or terminated, it records the
 tests that were done, with pytest's exit code for that, 2.

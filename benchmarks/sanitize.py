@@ -37,6 +37,11 @@ PRODUCTS = (
     (5, 100, 72, -1, jnp.bfloat16, "gemm", 1),
     (20, 320, 288, 64, jnp.float16, "gemm", 3),
     (9, 640, 288, 32, jnp.bfloat16, "gemm", 1),
+    # Few tokens, whose kernel takes 128 indices of K at a time.
+    (1, 640, 544, 128, jnp.float16, "gemm", 1),
+    (5, 640, 288, 32, jnp.bfloat16, "gemm", 3),
+    (8, 1152, 96, 64, jnp.float16, "gemm", 9),
+    (16, 1184, 320, -1, jnp.float16, "gemm", 3),
     # No split is asked for: a few tiles for all processors, and more tiles than there are.
     (140, 320, 288, 64, jnp.float16, "gemm", None),
     (130, 64, 17440, 64, jnp.bfloat16, "gemm", None),

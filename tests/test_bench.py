@@ -286,13 +286,13 @@ def test_efficiency_is_the_limit_over_the_time():
 
 def test_plot_of_the_committed_results(tmp_path):
     pytest.importorskip("matplotlib")
-    results = Path(__file__).parents[1] / "benchmarks/results/nvidia_h200"
-    files = [str(results / name) for name in ("awq_gemm.json", "peers.json")]
+    results = Path(__file__).parents[1] / "benchmarks/results"
+    files = [str(results / name) for name in ("nvidia_h100/awq_gemm.json", "nvidia_h200/peers.json")]
     assert main(["plot", *files, "--out", str(tmp_path / "a.svg"), "--note", "a note"]) == 0
     text = (tmp_path / "a.svg").read_text()
     for word in ("jax_awq", "xla_unpack", "marlin", "K = 8192, N = 28672", "a note"):
         assert word in text
-        assert word in (results / "efficiency.svg").read_text() or word == "a note"
+        assert word in (results / "nvidia_h100/efficiency.svg").read_text() or word == "a note"
 
 
 def test_quantize_activation(tmp_path):
