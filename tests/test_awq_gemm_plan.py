@@ -103,19 +103,22 @@ def test_a_kernel_of_other_sums_cannot_be_forced(variant):
 # --- the cost model
 
 
-# Where 256 rows fill all processors, one row more takes a second row of tiles (timed: 1.40, 1.36
-# and 1.39 from 206 to 257 rows).
-CLIFFS = {(4096, 28672): 1.46, (8192, 28672): 1.4, (28672, 8192): 1.52}
+CLIFF = pytest.mark.xfail(
+    strict=True,
+    reason="256 rows fill all processors, one more takes a second row of tiles: timed 1.36 to 1.40",
+)
+CLIFFS = {(4096, 28672), (8192, 28672), (28672, 8192)}
 
 
-@pytest.mark.parametrize(("k", "n"), SHAPES)
+@pytest.mark.parametrize(
+    ("k", "n"), [pytest.param(*s, marks=CLIFF if s in CLIFFS else ()) for s in SHAPES]
+)
 def test_no_cliff(k, n):
     """A quarter more rows never take 1.35 times as long, by the cost model."""
-    limit = CLIFFS.get((k, n), 1.35)
     time = {m: planned(m, k, n)["microseconds"] for m in range(16, 513)}
     assert all(us > 0 for us in time.values())
     for m in range(16, 410):
-        assert time[m * 5 // 4] <= limit * time[m], (m, planned(m * 5 // 4, k, n)["variant"])
+        assert time[m * 5 // 4] <= 1.35 * time[m], (m, planned(m * 5 // 4, k, n)["variant"])
 
 
 @pytest.mark.parametrize(

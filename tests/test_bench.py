@@ -296,6 +296,13 @@ def test_plot_of_the_committed_results(tmp_path):
         assert word in (results / "nvidia_h100/efficiency.svg").read_text() or word == "a note"
 
 
+def test_plot_of_what_was_timed_nobody_knows_where(tmp_path):
+    file = tmp_path / "a.json"
+    file.write_text('{"device": "cpu", "rows": []}')
+    with pytest.raises(SystemExit, match=r'a\.json has no "ceilings"'):
+        main(["plot", str(file), "--out", str(tmp_path / "a.svg")])
+
+
 def test_quantize_activation(tmp_path):
     """Every M has activations of its own, and all of an implementation's results are waited for."""
     file = tmp_path / "quantize.json"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_awq.bench.impls import Case
-from jax_awq.bench.run import FLOPS_PER_SECOND, READ_BYTES_PER_SECOND
+from jax_awq.bench.run import FLOPS_PER_SECOND
 
 Row = dict[str, Any]
 
@@ -24,8 +24,9 @@ STYLES: dict[str, dict[str, Any]] = {
 def read(file: Path) -> list[Row]:
     """The rows of a result, each with the rate of memory where it was timed."""
     result = json.loads(file.read_text("utf-8"))
-    rate = {"read_bytes_per_second": READ_BYTES_PER_SECOND[result["device"]]}
-    return [row | rate for row in result["rows"]]
+    if "ceilings" not in result:
+        raise SystemExit(f'plot: {file} has no "ceilings", the rate of memory where it was timed')
+    return [row | result["ceilings"] for row in result["rows"]]
 
 
 def limit_us(row: Row) -> float:
