@@ -14,6 +14,7 @@ namespace jax_awq {
 template <typename T, typename S, int kTokens, int kTiles>
 class WgmmaConsumer {
   using Tile = TmaTile<kTokens, kTiles, 2>;
+  static constexpr int kHalves = kTokens > 256 ? 2 : 1;  // wgmma has at most 256 columns
   using D = Dequant<T>;
   using Scale = std::conditional_t<std::is_same_v<T, S>, uint32_t, typename D::Scale>;
 
@@ -33,7 +34,6 @@ class WgmmaConsumer {
     }
     WgmmaFence();
 
-    const bool leader = threadIdx.x % 32 == 0;
     const uint64_t x_tiles = SwizzledRows(Tile::X(shared_, 0));
     uint32_t a[2][kTiles][4];
     int group = -1;
@@ -57,11 +57,18 @@ class WgmmaConsumer {
         }
         // All but the newest group of wgmmas are done: these registers are free again.
         WgmmaWait<1>();
-        if (s == 1 && previous >= 0 && leader) BarrierArrive(Tile::Empty(shared_, previous));
+        if (s == 1 && previous >= 0) Release(previous);
         Dequantize(codes[s / 2][s % 2 * 2], codes[s / 2][s % 2 * 2 + 1], a[s % 2]);
         WgmmaFence();
 #pragma unroll
-        for (int j = 0; j < kTiles; ++j) Wgmma<T, kTokens>(acc[j], a[s % 2][j], x + 2 * s);
+        for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+          for (int h = 0; h < kHalves; ++h) {
+            Wgmma<T, kTokens / kHalves>(
+                reinterpret_cast<float(&)[kHalves][kTokens / kHalves / 2]>(acc[j])[h],
+                a[s % 2][j], x + 2 * s + h * (kTokens / kHalves * 128 >> 4));
+          }
+        }
         WgmmaCommit();
       }
       previous = stage;
@@ -70,12 +77,35 @@ class WgmmaConsumer {
     WgmmaWait<0>();
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) PinRegisters(acc[j]);
-    if (previous >= 0 && leader) BarrierArrive(Tile::Empty(shared_, previous));
+    if (previous >= 0) Release(previous);
+  }
+
+  // Adds what another CTA has left of the same tile.
+  __device__ __forceinline__ void AddPart(float (&acc)[kTiles][kTokens / 2]) {
+    constexpr int kFours = Tile::kPartFours;
+    const uint32_t from =
+        Tile::X(shared_, 0) + (threadIdx.x / 32 * kFours * 32 + threadIdx.x % 32) * 16;
+#pragma unroll
+    for (int i = 0; i < Tile::kPartStages; ++i) {
+      BarrierWait(Tile::Full(shared_, at_.stage), at_.phase);
+#pragma unroll
+      for (int f = 0; f < kFours; ++f) {
+        const float4 v = LoadSharedFour(from + at_.stage * Tile::kXBytes + f * 512);
+        float* sum = acc[(i * kFours + f) % kTiles] + (i * kFours + f) / kTiles * 4;
+        sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w;
+      }
+      Release(at_.stage);
+      at_.Advance();
+    }
   }
 
   const TmaLane<Tile> lane;
 
  private:
+  __device__ void Release(int stage) const {
+    if (threadIdx.x % 32 == 0) BarrierArrive(Tile::Empty(shared_, stage));
+  }
+
   __device__ void EnterGroup(int stage, int row) {
     uint32_t scales[2 * kTiles], zeros;
     lane.LoadGroup(stage, row, scales, &zeros);

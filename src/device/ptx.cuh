@@ -218,6 +218,28 @@ __device__ __forceinline__ void StoreClusterSharedAsync(uint32_t address, float4
       : "memory");
 }
 
+// Counts a warp in global memory, for whoever waits for so many of them and then reads what they
+// have written before (9.7.13.6, red; 9.7.9.8, ld.acquire). Called by whole warps.
+__device__ __forceinline__ void CountUp(uint32_t* count) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory");
+  }
+}
+
+// Between a warp's accesses to global memory and those of the copy engine (9.7.13.4, fence.proxy).
+__device__ __forceinline__ void FenceProxyAsyncGlobal() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
+__device__ __forceinline__ void WaitForCount(const uint32_t* count, uint32_t wanted) {
+  uint32_t now;
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(count) : "memory");
+  } while (now < wanted);
+  __syncwarp();
+}
+
 // Barriers in shared memory (9.7.13.15, mbarrier), completed by arrivals and by copied bytes.
 __device__ __forceinline__ void BarrierInit(uint32_t barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
@@ -282,6 +304,15 @@ __device__ __forceinline__ void CopyBox(uint32_t to, const void* map, int x, int
       "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
       "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier)
+      : "memory");
+}
+
+// `bytes` bytes of global memory, as many as are a multiple of 16 (9.7.9.25.4.1, cp.async.bulk).
+__device__ __forceinline__ void CopyBytes(uint32_t to, const void* from, uint32_t bytes,
+                                          uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier)
       : "memory");
 }
 

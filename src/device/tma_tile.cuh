@@ -23,6 +23,7 @@ struct TmaPipeline {
   static constexpr int kParts = kDepth * kElementBytes / 128;
   static constexpr int kPartDepth = 128 / kElementBytes;
   static constexpr int kXBytes = kTokens * kDepth * kElementBytes;
+  static constexpr int kXBoxes = (kTokens + 255) / 256;  // a box has at most 256 rows
   static constexpr int kWordBytes = kDepth * kOutputs / 2;
   static constexpr int kGroupRows = kCodes ? 1 : kDepth / 32;  // at most
   static constexpr int kScaleBytes = kGroupRows * kOutputs * 2;
@@ -63,19 +64,21 @@ struct TmaPipeline {
 
 // With less to multiply, more copies in flight than memory needs only let some CTAs run ahead of
 // others, and the last to end decides.
-template <int kTokens, int kElementBytes>
-constexpr int kMostTmaStages = kTokens <= 64 && kElementBytes == 2 ? 6 : 16;
+template <int kTokens, int kTiles, int kElementBytes>
+constexpr int kMostTmaStages =
+    (kTokens <= 64 || kTokens * kTiles <= 96) && kElementBytes == 2 ? 6 : 16;
 
 // A tile of the wgmma kernel.
 template <int kTokens, int kTiles, int kElementBytes>
 struct TmaTile : TmaPipeline<kTokens, kTiles, kElementBytes, kElementBytes == 1 ? 128 : 64,
-                             kMostTmaStages<kTokens, kElementBytes>> {
+                             kMostTmaStages<kTokens, kTiles, kElementBytes>> {
   using Pipeline = TmaPipeline<kTokens, kTiles, kElementBytes, kElementBytes == 1 ? 128 : 64,
-                               kMostTmaStages<kTokens, kElementBytes>>;
+                               kMostTmaStages<kTokens, kTiles, kElementBytes>>;
   static constexpr int kConsumerWarps = Pipeline::kTeamWarps;
   // One warp copies. Registers can only move to the consumers from a whole warpgroup.
   static constexpr bool kMoveRegisters = kTokens * kTiles >= (Pipeline::kCodes ? 96 : 256);
   static constexpr int kThreads = 32 * (kConsumerWarps + (kMoveRegisters ? 4 : 1));
+  static constexpr int kCtas = !Pipeline::kCodes && kTokens * kTiles <= 96 ? 2 : 1;  // a processor
   static constexpr int kInboxBarrierAt = Pipeline::kPipelineBytes;
   static constexpr int kSharedBytes = kInboxBarrierAt + 16 + Pipeline::kAlignment;
 
@@ -84,6 +87,11 @@ struct TmaTile : TmaPipeline<kTokens, kTiles, kElementBytes, kElementBytes == 1 
   static constexpr int kUnits = kTokens / 8 * kConsumerWarps;
   static constexpr int kUnitBytes = kTiles * Pipeline::kSlotBytes;
   static_assert((kUnits + kMaxCluster - 1) * kUnitBytes <= Pipeline::kBarriersAt);
+
+  // Sums of a whole tile, left by another CTA, come through the pipeline in the place of x.
+  static constexpr int kPartBytes = kTokens * Pipeline::kOutputs * 4;
+  static constexpr int kPartStages = kPartBytes / Pipeline::kXBytes;
+  static constexpr int kPartFours = kTokens / 8 * kTiles / kPartStages;  // of a lane in a stage
 
   // With codes some stages have sums of x over chunks in place of x, and the scales and zero points
   // that go with them in place of words.

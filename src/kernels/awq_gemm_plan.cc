@@ -138,24 +138,27 @@ constexpr Variant kVariants[] = {
     {"decode_16", AwqGemmKernel::kDecode, 16, 128, 32, 2, true, 0, DecodeUnsupported<16>},
     {"few_8x256", AwqGemmKernel::kFew, 8, 256, 128, 1, true, 0.23, FewUnsupported<8>},
     {"few_16x256", AwqGemmKernel::kFew, 16, 256, 128, 1, true, 0.28, FewUnsupported<16>},
-    {"tma_32x256", AwqGemmKernel::kTma, 32, 256, 64, 1, true, 0.38, TmaUnsupported},
-    {"tma_64x128", AwqGemmKernel::kTma, 64, 128, 64, 1, true, 0.286, TmaUnsupported},
+    {"tma_32x128", AwqGemmKernel::kTma, 32, 128, 64, 2, true, 0.25, TmaUnsupported},
+    {"tma_32x256", AwqGemmKernel::kTma, 32, 256, 64, 2, true, 0.38, TmaUnsupported},
+    {"tma_64x128", AwqGemmKernel::kTma, 64, 128, 64, 2, true, 0.286, TmaUnsupported},
     {"tma_64x256", AwqGemmKernel::kTma, 64, 256, 64, 1, true, 0.455, TmaUnsupported},
-    {"tma_96x128", AwqGemmKernel::kTma, 96, 128, 64, 1, true, 0.327, TmaUnsupported},
-    {"tma_96x256", AwqGemmKernel::kTma, 96, 256, 64, 1, true, 0.53, TmaUnsupported},
-    {"tma_128x128", AwqGemmKernel::kTma, 128, 128, 64, 1, true, 0.37, TmaUnsupported},
-    {"tma_128x256", AwqGemmKernel::kTma, 128, 256, 64, 1, true, 0.65, TmaUnsupported},
-    {"tma_160x128", AwqGemmKernel::kTma, 160, 128, 64, 1, true, 0.417, TmaUnsupported},
-    {"tma_192x128", AwqGemmKernel::kTma, 192, 128, 64, 1, true, 0.474, TmaUnsupported},
-    {"tma_224x128", AwqGemmKernel::kTma, 224, 128, 64, 1, true, 0.532, TmaUnsupported},
-    {"tma_256x128", AwqGemmKernel::kTma, 256, 128, 64, 1, true, 0.6, TmaUnsupported},
-    {"stream_96x256", AwqGemmKernel::kTma, 96, 256, 64, 1, false, 0.53, StreamUnsupported},
-    {"stream_128x128", AwqGemmKernel::kTma, 128, 128, 64, 1, false, 0.37, StreamUnsupported},
-    {"stream_128x256", AwqGemmKernel::kTma, 128, 256, 64, 1, false, 0.65, StreamUnsupported},
-    {"stream_160x128", AwqGemmKernel::kTma, 160, 128, 64, 1, false, 0.417, StreamUnsupported},
-    {"stream_192x128", AwqGemmKernel::kTma, 192, 128, 64, 1, false, 0.474, StreamUnsupported},
-    {"stream_224x128", AwqGemmKernel::kTma, 224, 128, 64, 1, false, 0.532, StreamUnsupported},
-    {"stream_256x128", AwqGemmKernel::kTma, 256, 128, 64, 1, false, 0.6, StreamUnsupported},
+    {"tma_96x128", AwqGemmKernel::kTma, 96, 128, 64, 2, true, 0.3, TmaUnsupported},
+    {"tma_96x256", AwqGemmKernel::kTma, 96, 256, 64, 1, true, 0.508, TmaUnsupported},
+    {"tma_128x128", AwqGemmKernel::kTma, 128, 128, 64, 1, true, 0.359, TmaUnsupported},
+    {"tma_128x256", AwqGemmKernel::kTma, 128, 256, 64, 1, true, 0.622, TmaUnsupported},
+    {"tma_160x128", AwqGemmKernel::kTma, 160, 128, 64, 1, true, 0.407, TmaUnsupported},
+    {"tma_192x128", AwqGemmKernel::kTma, 192, 128, 64, 1, true, 0.466, TmaUnsupported},
+    {"tma_224x128", AwqGemmKernel::kTma, 224, 128, 64, 1, true, 0.519, TmaUnsupported},
+    {"tma_256x128", AwqGemmKernel::kTma, 256, 128, 64, 1, true, 0.609, TmaUnsupported},
+    {"tma_320x128", AwqGemmKernel::kTma, 320, 128, 64, 1, true, 0.753, TmaUnsupported},
+    {"stream_96x256", AwqGemmKernel::kTma, 96, 256, 64, 1, false, 0.508, StreamUnsupported},
+    {"stream_128x128", AwqGemmKernel::kTma, 128, 128, 64, 1, false, 0.359, StreamUnsupported},
+    {"stream_128x256", AwqGemmKernel::kTma, 128, 256, 64, 1, false, 0.622, StreamUnsupported},
+    {"stream_160x128", AwqGemmKernel::kTma, 160, 128, 64, 1, false, 0.407, StreamUnsupported},
+    {"stream_192x128", AwqGemmKernel::kTma, 192, 128, 64, 1, false, 0.466, StreamUnsupported},
+    {"stream_224x128", AwqGemmKernel::kTma, 224, 128, 64, 1, false, 0.519, StreamUnsupported},
+    {"stream_256x128", AwqGemmKernel::kTma, 256, 128, 64, 1, false, 0.609, StreamUnsupported},
+    {"stream_320x128", AwqGemmKernel::kTma, 320, 128, 64, 1, false, 0.753, StreamUnsupported},
     {"w4a8_32x256", AwqGemmKernel::kTma, 32, 256, 128, 1, true, 0.22, CodesUnsupported},
     {"w4a8_64x256", AwqGemmKernel::kTma, 64, 256, 128, 1, true, 0.34, CodesUnsupported},
     {"w4a8_128x128", AwqGemmKernel::kTma, 128, 128, 128, 1, true, 0.26, CodesUnsupported},
@@ -222,61 +225,96 @@ int64_t ResidentClusters(const Device& device, int ctas_per_sm, int size) {
   return kClusters[std::min(ctas_per_sm, 3) - 1][size - 1] * device.sm_count / kSms;
 }
 
+// The constants from here on are fits to an H100 (benchmarks/NOTES.md); the right tile and split
+// follow from them for shapes nobody has timed.
+constexpr double kLaunch = 1.0;
+constexpr double kFill = 2.3;  // until the first step, and after the last
+
+// How much longer a step takes when so many processors are at work: the clock falls under load.
+double Load(const Device& device, int64_t ctas) {
+  constexpr double kPower = 0.3;
+  const double busy = std::min(1.0, static_cast<double>(ctas) / device.sm_count);
+  return 1.0 + kPower * std::max(0.0, busy - 0.5);
+}
+
 // Microseconds of storing the tiles of all processors at once, before their next ones.
 double StoreMicroseconds(const Variant& v) {
-  constexpr double kElements = 22e3;  // a microsecond, of a tile
+  constexpr double kElements = 9.1e3;  // a microsecond, of a tile
   return v.tokens * v.outputs / kElements;
+}
+
+int64_t Tiles(const AwqGemmProblem& p, const Variant& v) {
+  return CeilDiv(p.m, v.tokens) * CeilDiv(p.outputs(), v.outputs) * p.batch;
 }
 
 // Microseconds that a TMA variant takes, to compare them: what does not depend on the work, the
 // steps of the busiest processor, and for splits the sums that members of a cluster write to each
-// other. The constants are fits to an H100 (benchmarks/NOTES.md); the right tile and split follow
-// from them for shapes nobody has timed.
+// other.
 double TmaMicroseconds(const AwqGemmProblem& p, const Device& device, const Variant& v, int split) {
-  constexpr double kLaunch = 1.0;
-  constexpr double kFill = 2.1;  // until the first step, and after the last
-  constexpr double kExchange = 0.33;
-  constexpr double kRemoteBytes = 17e3;  // a microsecond, that a processor writes to others
-  const int64_t tiles = CeilDiv(p.m, v.tokens) * CeilDiv(p.outputs(), v.outputs) * p.batch;
+  constexpr double kExchange = 0.31;
+  constexpr double kRemoteBytes = 18.4e3;  // a microsecond, that a processor writes to others
+  const int64_t tiles = Tiles(p, v);
   const int64_t waves = CeilDiv(tiles, ResidentClusters(device, v.ctas_per_sm, split));
   const int64_t steps = CeilDiv(CeilDiv(p.contraction(), v.depth), split) * (v.depth / 64);
+  const double step_us = v.step_us * Load(device, waves > 1 ? device.sm_count : tiles * split);
   // Without splits the next tile's copies begin while this one's results are stored, but all
   // processors store at once.
   if (split == 1) {
-    return kLaunch + kFill + waves * steps * v.step_us + (waves - 1) * StoreMicroseconds(v);
+    return kLaunch + kFill + waves * steps * step_us + (waves - 1) * StoreMicroseconds(v);
   }
   const double tile_bytes = 4.0 * std::min<int64_t>(p.m, v.tokens) * v.outputs;
   const double exchange = kExchange + tile_bytes * (split - 1) / split / kRemoteBytes;
-  return kLaunch + waves * (kFill + steps * v.step_us + exchange);
+  return kLaunch + waves * (kFill + steps * step_us + exchange);
 }
 
-// What is left over when every CTA has had the same number of tiles, and of how many there are.
-struct Tail {
-  Tail(const AwqGemmProblem& p, const Device& device, const Variant& v)
+// How stream_k divides the tiles.
+struct StreamShares {
+  StreamShares(const AwqGemmProblem& p, const Device& device, const Variant& v)
       : ctas(device.sm_count * v.ctas_per_sm),
-        tiles(CeilDiv(p.m, v.tokens) * CeilDiv(p.outputs(), v.outputs) * p.batch % ctas),
-        whole(CeilDiv(p.m, v.tokens) * CeilDiv(p.outputs(), v.outputs) * p.batch / ctas),
+        whole(WholeTiles(Tiles(p, v), ctas)),
+        shared(Tiles(p, v) - whole),
         tile_bytes(int64_t{4} * v.tokens * v.outputs) {}
 
   int64_t ctas;
-  int64_t tiles;  // of the tail
-  int64_t whole;  // waves before it
+  int64_t whole;   // tiles that a CTA computes alone
+  int64_t shared;  // the others
   int64_t tile_bytes;
-  // Every CTA's share of the tail may begin within a tile.
-  int64_t workspace_bytes() const { return tiles == 0 ? 0 : (ctas + tiles) * tile_bytes; }
+  // A CTA leaves sums of one tile at most, and a count.
+  int64_t workspace_bytes() const { return shared == 0 ? 0 : ctas * (tile_bytes + 4); }
 };
 
+// Of shares that begin anywhere in K, each step reads other rows of x and of the weight, and what
+// does not fit the L2 comes from memory again.
+double SharedStepMicroseconds(const AwqGemmProblem& p, const Device& device, const Variant& v,
+                              const StreamShares& stream) {
+  constexpr int64_t kRaster = 8;        // rows of tiles that go together, as in TmaTileOrder
+  constexpr double kCacheBytes = 32e6;  // of an L2 of 50 MB
+  constexpr double kMemoryBytes = 3.1e6;  // a microsecond
+  const int64_t rows = std::min(CeilDiv(p.m, v.tokens), kRaster);
+  const int64_t columns = CeilDiv(std::min(stream.shared, 2 * stream.ctas), rows);
+  const double x_bytes = 2.0 * v.tokens;  // for an index of K and a tile
+  const double weight_bytes = rows > 1 ? 0.5 * v.outputs : 0;  // read once otherwise
+  const double bytes = (rows * x_bytes + columns * weight_bytes) * p.contraction();
+  const double missed = std::max(0.0, 1.0 - kCacheBytes / bytes);
+  return std::max(v.step_us * Load(device, stream.ctas),
+                  missed * stream.ctas * 64 * (x_bytes + weight_bytes) / kMemoryBytes);
+}
+
 double StreamMicroseconds(const AwqGemmProblem& p, const Device& device, const Variant& v) {
-  constexpr double kLaunch = 1.0;
-  constexpr double kFill = 2.1;
-  constexpr double kFinish = 2.5;          // the launch that adds the partial sums
-  constexpr double kPartialBytes = 3.5e6;  // a microsecond, written and read again through the L2
-  const Tail tail(p, device, v);
+  constexpr double kClear = 2.8;        // the launch that clears counts
+  constexpr double kPartBytes = 100e3;  // a microsecond and processor, written or read
+  const StreamShares stream(p, device, v);
   const int64_t steps = CeilDiv(p.contraction(), v.depth);
-  const double us = kLaunch + kFill + tail.whole * (steps * v.step_us + StoreMicroseconds(v));
-  if (tail.tiles == 0) return us;
-  return us + CeilDiv(tail.tiles * steps, tail.ctas) * v.step_us + kFinish +
-         2.0 * tail.workspace_bytes() / kPartialBytes;
+  const double us = kLaunch + kFill +
+                    stream.whole / stream.ctas *
+                        (steps * v.step_us * Load(device, stream.ctas) + StoreMicroseconds(v));
+  if (stream.shared == 0) return us;
+  // One of its own, and those of all others that have a part of the tile that it finishes.
+  const int64_t parts = 1 + CeilDiv(stream.ctas, stream.shared);
+  return us + kClear + (stream.shared > stream.ctas ? StoreMicroseconds(v) : 0) +
+         CeilDiv(stream.shared * steps, stream.ctas) *
+             SharedStepMicroseconds(p, device, v, stream) +
+         parts * stream.tile_bytes / kPartBytes;
 }
 
 // The split that few rows and many share: the one with the least product of their times.
@@ -311,13 +349,13 @@ int BestTmaSplit(const AwqGemmProblem& p, const Device& device, const Variant& v
 // Microseconds of writing the weight in x's dtype and multiplying with the library's dense kernel,
 // which takes what its operations take or reading the weight, whichever is more.
 double DequantizeDotMicroseconds(const AwqGemmProblem& p, const Device& device) {
-  constexpr double kLaunch = 2.0;
+  constexpr double kDequantizeLaunch = 2.0;
   constexpr double kBytes = 3.7e6;  // a microsecond, read and written
   constexpr double kDenseLaunch = 9.0;
   constexpr double kDenseBytes = 4.4e6;
   constexpr double kOperations = 5.0e6;  // a microsecond and processor
   const double weights = static_cast<double>(p.k) * p.n * p.batch;
-  return kLaunch + 2.5 * weights / kBytes +
+  return kDequantizeLaunch + 2.5 * weights / kBytes +
          std::hypot(2.0 * p.m * weights / (kOperations * device.sm_count),
                     kDenseLaunch + 2.0 * weights / kDenseBytes);
 }
@@ -415,7 +453,7 @@ AwqGemmPlan PlanAwqGemm(const AwqGemmProblem& p, const Device& device, size_t wo
   }
   if (IsStream(*v)) {
     plan.microseconds = StreamMicroseconds(p, device, *v);
-    const size_t bytes = Tail(p, device, *v).workspace_bytes();
+    const size_t bytes = StreamShares(p, device, *v).workspace_bytes();
     plan.stream_k = bytes <= workspace_limit;
     plan.workspace_bytes = plan.stream_k ? bytes : 0;
     return plan;

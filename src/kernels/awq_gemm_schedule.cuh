@@ -6,6 +6,7 @@
 #include "device/epilogue.cuh"
 #include "kernels/awq_gemm_launch.cuh"
 #include "kernels/divider.h"
+#include "kernels/planning.h"
 
 namespace jax_awq {
 
@@ -37,31 +38,16 @@ struct TmaTileOrder {
   Divider by_batch, by_band, by_last_height;
 };
 
-// The tail of a grid whose tiles do not come out even: all CTAs share its steps equally, so that a
-// tile's sum is divided among neighbours, which leave their parts in the workspace. The division
-// depends on shapes and processors alone.
+// The tiles that would not fill a wave, and those of the wave before: all CTAs share their steps
+// equally, so that a tile's sum is divided among neighbours. Whoever has its last steps finishes it,
+// with what the CTAs before have left of it in the workspace (Osama et al., Stream-K, 2023). The
+// division depends on shapes and processors alone.
 struct StreamK {
   StreamK() = default;
   StreamK(unsigned tiles, unsigned steps, unsigned ctas)
-      : ctas(ctas),
-        steps(steps),
-        whole(tiles / ctas * ctas),
-        even{(tiles - whole) * steps / ctas, (tiles - whole) * steps % ctas} {}
+      : even{tiles * steps / ctas, tiles * steps % ctas} {}
 
-  __device__ Share Of(unsigned cta) const { return Share(even, cta); }
-  // Of the part that a CTA has of a tile of the tail: both only ever grow.
-  __device__ static int Slot(unsigned cta, unsigned tail_tile) { return cta + tail_tile; }
-  // The first CTA that has a part of this tile of the tail.
-  __device__ unsigned FirstOf(unsigned tail_tile) const {
-    const unsigned unit = tail_tile * steps;
-    return unit < even.longer * (even.least + 1)
-               ? unit / (even.least + 1)
-               : even.longer + (unit - even.longer * (even.least + 1)) / even.least;
-  }
-
-  unsigned ctas, steps;
-  unsigned whole;    // tiles before the tail
-  Share::Even even;  // of the steps of the tail
+  Share::Even even;
 };
 
 // All that CTAs need to know of it, counted by the host.
@@ -81,8 +67,8 @@ struct TmaSchedule {
         by_groups(this->groups),
         by_steps(steps) {
     if (stream_k) {
-      stream = StreamK(order.count, steps, this->groups);
-      whole = stream.whole;
+      whole = static_cast<unsigned>(WholeTiles(order.count, groups));
+      stream = StreamK(order.count - whole, steps, this->groups);
     }
   }
 
@@ -104,32 +90,39 @@ class TmaWork {
         share_(s.split, split),
         tail_(s.stream.even, blockIdx.x) {
     items = s.whole > next_ ? s.by_groups.Quotient(s.whole - next_ + s.groups - 1) : 0;
-    if (tail_.count > 0) ++items;
-    // Never three: a share is less than a tile.
-    if (s.by_steps.Remainder(tail_.first) + tail_.count > s.steps) ++items;
+    if (tail_.count > 0) {
+      items += s.by_steps.Quotient(tail_.first + tail_.count - 1) -
+               s.by_steps.Quotient(tail_.first) + 1;
+    }
   }
 
   // To be called `items` times: with a loop that ends when there is no more, the compiler does not
-  // keep the sums in registers.
+  // keep the sums in registers. A share of the tail is done from its end on: what others wait for
+  // comes first.
   __device__ void Next() {
     const bool whole = next_ < schedule_.whole;
-    const unsigned tail_tile = schedule_.by_steps.Quotient(tail_.first);
-    const int first = tail_.first - tail_tile * schedule_.steps;
-    const int count = min(tail_.count, static_cast<int>(schedule_.steps) - first);
+    const unsigned end = tail_.first + tail_.count;
+    const unsigned tail_tile = schedule_.by_steps.Quotient(end - 1);
+    const unsigned start = tail_tile * schedule_.steps;
+    const unsigned first = max(static_cast<unsigned>(tail_.first), start);
     tile = whole ? next_ : schedule_.whole + tail_tile;
-    slot = whole ? -1 : StreamK::Slot(blockIdx.x, tail_tile);
-    share.first = whole ? share_.first : first;
-    share.count = whole ? share_.count : count;
+    share.first = whole ? share_.first : first - start;
+    share.count = whole ? share_.count : end - first;
+    leaves = !whole && end - start < schedule_.steps;
+    parts = 0;
+    for (int missing = whole || leaves ? 0 : first - start; missing > 0;) {
+      missing -= Share(schedule_.stream.even, blockIdx.x - ++parts).count;
+    }
     next_ += whole ? schedule_.groups : 0;
-    tail_.first += whole ? 0 : count;
-    tail_.count -= whole ? 0 : count;
+    tail_.count -= whole ? 0 : end - first;
   }
 
   const unsigned split;  // of the sum of each tile, where it is divided among CTAs
   unsigned items;
   unsigned tile;
   Share share{0, 0, 1};
-  int slot;  // of the workspace, where this is part of a tile; otherwise -1
+  bool leaves;  // these sums to the CTA that has the last steps of the tile
+  int parts;    // that the CTAs before this one have left of the tile
 
  private:
   const TmaSchedule& schedule_;

@@ -17,12 +17,42 @@
 
 namespace jax_awq {
 
+// What CTAs leave for each other of the tail (StreamK): sums in the order in which a part passes
+// through the pipeline, a stage's x at a time, and how many warps have left theirs.
+struct TailParts {
+  char* sums;
+  uint32_t* counts;
+
+  template <typename Tile>
+  __device__ const char* Of(unsigned cta) const {
+    return sums + int64_t{cta} * Tile::kPartBytes;
+  }
+
+  template <typename Tile>
+  __device__ void Leave(unsigned cta, int warp,
+                        const float (&acc)[Tile::kTiles][Tile::kTokens / 2]) const {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    float4* to = reinterpret_cast<float4*>(sums + int64_t{cta} * Tile::kPartBytes) +
+                 (warp * Tile::kPartFours * 32 + threadIdx.x % 32);
+#pragma unroll
+    for (int i = 0; i < Tile::kTokens / 8 * Tile::kTiles; ++i) {
+      const float* v = acc[i % Tile::kTiles] + i / Tile::kTiles * 4;
+      to[i / Tile::kPartFours * (Tile::kXBytes / 16) + i % Tile::kPartFours * 32] =
+          make_float4(v[0], v[1], v[2], v[3]);
+    }
+    FenceProxyAsyncGlobal();  // bulk copies will read them
+    CountUp(counts + cta);
+#endif
+  }
+};
+
 struct AwqGemmTmaParams {
   CUtensorMap x[2], words, scales, zeros;
   CUtensorMap sums[2], sum_scales, sum_zeros;  // of the chunks of x, where x is codes
   AwqGemmParams p;
   TmaSchedule schedule;
-  // Of a box of x and of sums, of which each member has one; the second is for the last row of
+  TailParts parts;
+  // Of a box of x and of sums, of which each member has kXBoxes; the second is for the last row of
   // tiles and has no more than are left: what lies outside takes longer to fill than to copy.
   int x_rows[2];
   int members;                // CTAs side by side that share their rows of x
@@ -40,7 +70,8 @@ using TmaConsumer = std::conditional_t<sizeof(T) == 1, CodesConsumer<T, kTokens,
                                        WgmmaConsumer<T, S, kTokens, kTiles>>;
 
 template <typename T, typename S, int kTokens, int kTiles>
-__global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads, 1)
+__global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
+                                  TmaTile<kTokens, kTiles, sizeof(T)>::kCtas)
     AwqGemmTmaKernel(const __grid_constant__ AwqGemmTmaParams params) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Tile = TmaTile<kTokens, kTiles, sizeof(T)>;
@@ -100,10 +131,11 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
       const int x_batch = batch * params.batch_x;
       const int weight_batch = batch * params.batch_weight;
       const int last = row + 1 == order.rows;
-      const uint32_t x_bytes = params.x_rows[last] * members * Tile::kDepth * sizeof(T);
+      const int x_rows = params.x_rows[last];
+      const uint32_t x_bytes = x_rows * Tile::kXBoxes * members * Tile::kDepth * sizeof(T);
       const uint32_t bytes = x_bytes + Tile::kWordBytes + group_bytes;
       const uint32_t sum_bytes = x_bytes + (has_zeros ? Tile::kSumWordBytes : Tile::kSumZerosAt);
-      const int own_rows = member * params.x_rows[last];  // where this member's rows of x begin
+      const int own_rows = member * x_rows * Tile::kXBoxes;  // where this member's begin
       const int token0 = row * kTokens + own_rows;
       const int output0 = (column * members + member) * Tile::kOutputs;
       const int first = work.share.first;
@@ -147,10 +179,14 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
         for (int part = 0; part < Tile::kParts; ++part) {
           const uint32_t to = Tile::X(shared, stage) + part * kTokens * 128 + own_rows * 128;
           const int from = depth + part * Tile::kPartDepth;
-          if (members == 1) {
-            CopyBox(to, map, from, token0, x_batch, barrier);
-          } else {
-            CopyBoxToMembers(to, map, from, token0, x_batch, barrier, 3);
+#pragma unroll
+          for (int box = 0; box < Tile::kXBoxes; ++box) {
+            const int rows = box * x_rows;
+            if (members == 1) {
+              CopyBox(to + rows * 128, map, from, token0 + rows, x_batch, barrier);
+            } else {
+              CopyBoxToMembers(to + rows * 128, map, from, token0 + rows, x_batch, barrier, 3);
+            }
           }
         }
       };
@@ -170,6 +206,25 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
         }
         __syncwarp();
         at.Advance();
+      }
+      if constexpr (!Tile::kCodes) {  // what others have left of this tile
+        if (work.parts > 0) WaitForKernelBefore();
+        for (int part = 1; part <= work.parts; ++part) {
+          const char* from = params.parts.template Of<Tile>(blockIdx.x - part);
+          WaitForCount(params.parts.counts + blockIdx.x - part, Tile::kTeamWarps);
+          FenceProxyAsyncGlobal();
+#pragma unroll 1
+          for (int i = 0; i < Tile::kPartStages; ++i) {
+            BarrierWait(Tile::Empty(shared, at.stage), at.phase ^ 1);
+            if (ElectOne()) {
+              BarrierArriveExpecting(Tile::Full(shared, at.stage), Tile::kXBytes);
+              CopyBytes(Tile::X(shared, at.stage), from + i * Tile::kXBytes, Tile::kXBytes,
+                        Tile::Full(shared, at.stage));
+            }
+            __syncwarp();
+            at.Advance();
+          }
+        }
       }
     }
     return;
@@ -202,19 +257,13 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
     consumer.Accumulate(work.share, acc);
 
     const unsigned blocks = blocks_of(row);
-    if (work.slot >= 0) {
-      float4* part = static_cast<float4*>(p.buffers.workspace) +
-                     (int64_t{work.slot} * (kTokens / 8) * Tile::kTeamWarps + warp) * kTiles * 32 +
-                     lane;
-#pragma unroll
-      for (int b = 0; b < kTokens / 8; ++b) {
-#pragma unroll
-        for (int j = 0; j < kTiles; ++j) {
-          part[(b * Tile::kTeamWarps * kTiles + j) * 32] =
-              make_float4(acc[j][4 * b], acc[j][4 * b + 1], acc[j][4 * b + 2], acc[j][4 * b + 3]);
-        }
+    if constexpr (!Tile::kCodes) {
+      if (work.leaves) {
+        WaitForKernelBefore();  // which clears the flags
+        params.parts.template Leave<Tile>(blockIdx.x, warp, acc);
+        continue;
       }
-      continue;
+      for (int part = 0; part < work.parts; ++part) consumer.AddPart(acc);
     }
     const int64_t output0 = (static_cast<int64_t>(column) * members + member) * Tile::kOutputs;
     const int64_t token = static_cast<int64_t>(row) * kTokens + 2 * t + g % 2;
@@ -317,54 +366,9 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
 #endif
 }
 
-// Adds the parts of each tile of the tail, and finishes it. A CTA has eight tokens of a tile, its
-// warps what warps of the kernel before had of them.
-template <int kTokens, int kTiles>
-__global__ void __launch_bounds__(32 * TmaTile<kTokens, kTiles, 2>::kTeamWarps)
-    FinishTailKernel(const __grid_constant__ AwqGemmParams p,
-                     const __grid_constant__ TmaSchedule schedule) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using Tile = TmaTile<kTokens, kTiles, 2>;
-  using Lane = TmaLane<Tile>;
-  constexpr int kBlocks = kTokens / 8;
-  const int warp = threadIdx.x / 32;
-  const int lane = threadIdx.x % 32;
-  const StreamK& stream = schedule.stream;
-  const unsigned tail_tile = blockIdx.x / kBlocks;
-  const unsigned block = blockIdx.x % kBlocks;
-  unsigned batch, row, column;
-  schedule.order.Find(stream.whole + tail_tile, &batch, &row, &column);
-  const int64_t token0 = static_cast<int64_t>(row) * kTokens + 8 * block;
-  if (token0 >= p.m) return;
-
-  float4 sums[kTiles] = {};
-  for (unsigned cta = stream.FirstOf(tail_tile); cta < stream.ctas; ++cta) {
-    const Share share = stream.Of(cta);
-    if (share.first >= (tail_tile + 1) * stream.steps) break;
-    if (share.count == 0) continue;
-    const float4* part =
-        static_cast<const float4*>(p.buffers.workspace) +
-        ((int64_t{StreamK::Slot(cta, tail_tile)} * kBlocks + block) * Tile::kTeamWarps + warp) *
-            kTiles * 32 +
-        lane;
-#pragma unroll
-    for (int j = 0; j < kTiles; ++j) Add(sums[j], part[32 * j]);
-  }
-  float v[kTiles][4];
-#pragma unroll
-  for (int j = 0; j < kTiles; ++j) {
-    v[j][0] = sums[j].x, v[j][1] = sums[j].y, v[j][2] = sums[j].z, v[j][3] = sums[j].w;
-  }
-  const EpilogueParams epilogue = MakeEpilogue(p, batch);
-  const bool odd = lane / 4 % 2;
-  const HalfWord<kTiles> half(epilogue,
-                              static_cast<int64_t>(column) * Tile::kOutputs + 8 * Lane::Word(warp),
-                              Lane::Byte(warp), odd);
-  const int64_t pair = token0 + 2 * (lane % 4);
-#pragma unroll
-  for (int i = 0; i < 4 * kTiles; ++i) v[i / 4][i % 4] *= epilogue.RowScale(pair + i % 2);
-  half.template Store<true>(epilogue, v, pair + odd);
-#endif
+static __global__ void ClearCountsKernel(uint32_t* counts, unsigned ctas) {
+  StartKernelBehind();
+  for (unsigned i = threadIdx.x; i < ctas; i += blockDim.x) counts[i] = 0;
 }
 
 template <typename T, typename S, int kTokens, int kTiles>
@@ -379,10 +383,10 @@ cudaError_t LaunchTmaTile(const AwqGemmPlan& plan, const AwqGemmParams& p, cudaS
   // Codes come so fast that x has to be read once for two CTAs.
   params.members = Tile::kCodes && kTiles == 1 && p.splits == 1 && columns > 1 ? 2 : 1;
   const int64_t last_rows = p.m - (p.m - 1) / kTokens * kTokens;
-  const int step = 8 * params.members;
-  params.x_rows[0] = kTokens / params.members;
+  const int boxes = params.members * Tile::kXBoxes;  // which begin at whole rows of the swizzle
+  params.x_rows[0] = kTokens / boxes;
   params.x_rows[1] =
-      static_cast<int>(params.members == 1 ? last_rows : (last_rows + step - 1) / step * 8);
+      static_cast<int>(boxes == 1 ? last_rows : (last_rows + 8 * boxes - 1) / (8 * boxes) * 8);
   params.batch_x = p.buffers.x_stride != 0;
   params.batch_weight = w.qweight_stride != 0;
   params.exchange = p.cluster || p.buffers.activation != Activation::kNone;
@@ -416,22 +420,24 @@ cudaError_t LaunchTmaTile(const AwqGemmPlan& plan, const AwqGemmParams& p, cudaS
   const int64_t groups = plan.stream_k ? resident : persistent ? std::min(tiles, resident) : tiles;
   params.schedule =
       TmaSchedule(p, kTokens, Tile::kOutputs, Tile::kDepth, params.members, groups, plan.stream_k);
-  const cudaError_t error = LaunchClusters(
-      AwqGemmTmaKernel<T, S, kTokens, kTiles>, params, p.cluster_size() * params.members,
-      dim3(static_cast<unsigned>(groups * p.splits * params.members)), Tile::kThreads,
-      Tile::kSharedBytes, stream, p.buffers.overlap);
-  if constexpr (!Tile::kCodes) {
-    if (error != cudaSuccess || !plan.stream_k || tiles % resident == 0) return error;
-    FinishTailKernel<kTokens, kTiles><<<static_cast<unsigned>(tiles % resident * (kTokens / 8)),
-                                        32 * Tile::kTeamWarps, 0, stream>>>(p, params.schedule);
-    return cudaGetLastError();
+  if (plan.stream_k) {
+    params.parts.sums = static_cast<char*>(p.buffers.workspace);
+    params.parts.counts = reinterpret_cast<uint32_t*>(params.parts.sums + groups * Tile::kPartBytes);
+    ClearCountsKernel<<<1, 256, 0, stream>>>(params.parts.counts, static_cast<unsigned>(groups));
+    if (const cudaError_t error = cudaGetLastError()) return error;
   }
-  return error;
+  return LaunchClusters(AwqGemmTmaKernel<T, S, kTokens, kTiles>, params,
+                        p.cluster_size() * params.members,
+                        dim3(static_cast<unsigned>(groups * p.splits * params.members)),
+                        Tile::kThreads, Tile::kSharedBytes, stream,
+                        p.buffers.overlap || plan.stream_k);
 }
 
 template <typename T, typename S>
 cudaError_t LaunchTmaTiles(const AwqGemmPlan& plan, const AwqGemmParams& p, cudaStream_t stream) {
   switch (plan.tile_tokens * 1000 + plan.tile_outputs) {
+    case 32128:
+      return LaunchTmaTile<T, S, 32, 1>(plan, p, stream);
     case 32256:
       return LaunchTmaTile<T, S, 32, 2>(plan, p, stream);
     case 64128:
@@ -454,6 +460,8 @@ cudaError_t LaunchTmaTiles(const AwqGemmPlan& plan, const AwqGemmParams& p, cuda
       return LaunchTmaTile<T, S, 224, 1>(plan, p, stream);
     case 256128:
       return LaunchTmaTile<T, S, 256, 1>(plan, p, stream);
+    case 320128:
+      return LaunchTmaTile<T, S, 320, 1>(plan, p, stream);
     default:
       return cudaErrorInvalidValue;
   }

@@ -14,4 +14,11 @@ constexpr bool kHasSm90a = true;
 
 constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Stream-K: of so many tiles, those that CTAs compute alone. The rest are too few to go round, or
+// the one wave and more before them of which everyone can have an equal share.
+constexpr int64_t WholeTiles(int64_t tiles, int64_t ctas) {
+  if (tiles % ctas == 0) return tiles;
+  return tiles < ctas ? 0 : (tiles / ctas - 1) * ctas;
+}
+
 }  // namespace jax_awq
