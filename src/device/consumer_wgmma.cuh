@@ -15,6 +15,7 @@ template <typename T, typename S, int kTokens, int kTiles>
 class WgmmaConsumer {
   using Tile = TmaTile<kTokens, kTiles, 2>;
   static constexpr int kHalves = kTokens > 256 ? 2 : 1;  // wgmma has at most 256 columns
+  static constexpr bool kFewRegisters = Tile::kCtas > 1 && kTokens* kTiles > 64;
   using D = Dequant<T>;
   using Scale = std::conditional_t<std::is_same_v<T, S>, uint32_t, typename D::Scale>;
 
@@ -37,17 +38,17 @@ class WgmmaConsumer {
     const uint64_t x_tiles = SwizzledRows(Tile::X(shared_, 0));
     uint32_t a[2][kTiles][4];
     int group = -1;
-    int previous = -1;
 #pragma unroll 1
     for (int i = 0; i < share.count; ++i) {
       const int stage = at_.stage;
       BarrierWait(Tile::Full(shared_, stage), at_.phase);
       uint32_t codes[2][4];
-      lane.LoadCodes(stage, codes);
+      if constexpr (!kFewRegisters) lane.LoadCodes(stage, codes);
       const int depth = (share.first + i) * Tile::kDepth;
       const uint64_t x = x_tiles + (stage * Tile::kXBytes >> 4);  // descriptors count 16 bytes
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
+        if (kFewRegisters && s % 2 == 0) lane.LoadCodes(stage, s / 2, codes[s / 2]);
         if (s == 0 || (s == 2 && group_shift_ == 5)) {
           const int now = (depth + 16 * s) >> group_shift_;
           if (now != group) {
@@ -57,7 +58,7 @@ class WgmmaConsumer {
         }
         // All but the newest group of wgmmas are done: these registers are free again.
         WgmmaWait<1>();
-        if (s == 1 && previous >= 0) Release(previous);
+        if (s == 1 && i > 0) Release(at_.Previous());
         Dequantize(codes[s / 2][s % 2 * 2], codes[s / 2][s % 2 * 2 + 1], a[s % 2]);
         WgmmaFence();
 #pragma unroll
@@ -65,19 +66,18 @@ class WgmmaConsumer {
 #pragma unroll
           for (int h = 0; h < kHalves; ++h) {
             Wgmma<T, kTokens / kHalves>(
-                reinterpret_cast<float(&)[kHalves][kTokens / kHalves / 2]>(acc[j])[h],
-                a[s % 2][j], x + 2 * s + h * (kTokens / kHalves * 128 >> 4));
+                reinterpret_cast<float(&)[kHalves][kTokens / kHalves / 2]>(acc[j])[h], a[s % 2][j],
+                x + 2 * s + h * (kTokens / kHalves * 128 >> 4));
           }
         }
         WgmmaCommit();
       }
-      previous = stage;
       at_.Advance();
     }
     WgmmaWait<0>();
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) PinRegisters(acc[j]);
-    if (previous >= 0) Release(previous);
+    if (share.count > 0) Release(at_.Previous());
   }
 
   // Adds what another CTA has left of the same tile.

@@ -90,8 +90,11 @@ struct TmaTile : TmaPipeline<kTokens, kTiles, kElementBytes, kElementBytes == 1 
 
   // Sums of a whole tile, left by another CTA, come through the pipeline in the place of x.
   static constexpr int kPartBytes = kTokens * Pipeline::kOutputs * 4;
-  static constexpr int kPartStages = kPartBytes / Pipeline::kXBytes;
-  static constexpr int kPartFours = kTokens / 8 * kTiles / kPartStages;  // of a lane in a stage
+  static constexpr int kPartFours =  // of a lane in a stage
+      Pipeline::kXBytes / (Pipeline::kTeamWarps * Pipeline::kSlotBytes);
+  static constexpr int kPartStageBytes = kPartFours * Pipeline::kTeamWarps * Pipeline::kSlotBytes;
+  static constexpr int kPartStages = kPartBytes / kPartStageBytes;
+  static_assert(Pipeline::kCodes || kPartStages * kPartStageBytes == kPartBytes);
 
   // With codes some stages have sums of x over chunks in place of x, and the scales and zero points
   // that go with them in place of words.
@@ -107,6 +110,9 @@ struct StageCounter {
   __device__ void Advance() {
     stage += kStep;
     if (stage >= kStages) stage -= kStages, phase ^= 1;
+  }
+  __device__ int Previous() const {
+    return stage < kStep ? stage + kStages - kStep : stage - kStep;
   }
 };
 
@@ -152,10 +158,10 @@ struct TmaLane {
   // codes[h][i]: half a word in rows 32 h + 8 i + 2t and the next, or those of CodesRow.
   __device__ void LoadCodes(int stage, uint32_t (&codes)[Tile::kDepth / 32][4]) const {
 #pragma unroll
-    for (int h = 0; h < Tile::kDepth / 32; ++h) {
-      LoadMatrix4Transposed(codes[h],
-                            words_at + stage * Tile::kWordBytes + h * 16 * Tile::kOutputs);
-    }
+    for (int h = 0; h < Tile::kDepth / 32; ++h) LoadCodes(stage, h, codes[h]);
+  }
+  __device__ void LoadCodes(int stage, int h, uint32_t (&codes)[4]) const {
+    LoadMatrix4Transposed(codes, words_at + stage * Tile::kWordBytes + h * 16 * Tile::kOutputs);
   }
 
   // The scales of the lane's outputs, each twice, and its zero points, in the same places of two

@@ -63,21 +63,25 @@ __device__ __forceinline__ void Wgmma(SumOf<T> (&d)[kTokens / 2], const uint32_t
   kind(d[i]), kind(d[i + 1]), kind(d[i + 2]), kind(d[i + 3]), kind(d[i + 4]), kind(d[i + 5]), \
       kind(d[i + 6]), kind(d[i + 7])
 #define JAX_AWQ_SUMS16(kind, i) JAX_AWQ_SUMS8(kind, i), JAX_AWQ_SUMS8(kind, i + 8)
+#define JAX_AWQ_SUMS24(kind, i) JAX_AWQ_SUMS16(kind, i), JAX_AWQ_SUMS8(kind, i + 16)
 #define JAX_AWQ_SUMS32(kind, i) JAX_AWQ_SUMS16(kind, i), JAX_AWQ_SUMS16(kind, i + 16)
 #define JAX_AWQ_SUMS48(kind, i) JAX_AWQ_SUMS32(kind, i), JAX_AWQ_SUMS16(kind, i + 32)
 #define JAX_AWQ_SUMS64(kind, i) JAX_AWQ_SUMS32(kind, i), JAX_AWQ_SUMS32(kind, i + 32)
+#define JAX_AWQ_SUMS72(kind, i) JAX_AWQ_SUMS64(kind, i), JAX_AWQ_SUMS8(kind, i + 64)
 #define JAX_AWQ_SUMS80(kind, i) JAX_AWQ_SUMS64(kind, i), JAX_AWQ_SUMS16(kind, i + 64)
 #define JAX_AWQ_SUMS96(kind, i) JAX_AWQ_SUMS64(kind, i), JAX_AWQ_SUMS32(kind, i + 64)
 #define JAX_AWQ_SUMS112(kind, i) JAX_AWQ_SUMS64(kind, i), JAX_AWQ_SUMS48(kind, i + 64)
 #define JAX_AWQ_SUMS128(kind, i) JAX_AWQ_SUMS64(kind, i), JAX_AWQ_SUMS64(kind, i + 64)
 #define JAX_AWQ_D8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define JAX_AWQ_D16 JAX_AWQ_D8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define JAX_AWQ_D24 JAX_AWQ_D16 ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define JAX_AWQ_D32 \
   JAX_AWQ_D16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define JAX_AWQ_D48 \
   JAX_AWQ_D32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define JAX_AWQ_D64 \
   JAX_AWQ_D48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define JAX_AWQ_D72 JAX_AWQ_D64 ", %64, %65, %66, %67, %68, %69, %70, %71"
 #define JAX_AWQ_D80 \
   JAX_AWQ_D64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
 #define JAX_AWQ_D96 \
@@ -111,9 +115,11 @@ __device__ __forceinline__ void Wgmma(SumOf<T> (&d)[kTokens / 2], const uint32_t
 
 JAX_AWQ_WGMMA_OF_EACH(16, 8, 9, 10, 11, 12, 13)
 JAX_AWQ_WGMMA_OF_EACH(32, 16, 17, 18, 19, 20, 21)
+JAX_AWQ_WGMMA_OF_EACH(48, 24, 25, 26, 27, 28, 29)
 JAX_AWQ_WGMMA_OF_EACH(64, 32, 33, 34, 35, 36, 37)
 JAX_AWQ_WGMMA_OF_EACH(96, 48, 49, 50, 51, 52, 53)
 JAX_AWQ_WGMMA_OF_EACH(128, 64, 65, 66, 67, 68, 69)
+JAX_AWQ_WGMMA_OF_EACH(144, 72, 73, 74, 75, 76, 77)
 JAX_AWQ_WGMMA_OF_EACH(160, 80, 81, 82, 83, 84, 85)
 JAX_AWQ_WGMMA_OF_EACH(192, 96, 97, 98, 99, 100, 101)
 JAX_AWQ_WGMMA_OF_EACH(224, 112, 113, 114, 115, 116, 117)
@@ -125,18 +131,22 @@ JAX_AWQ_WGMMA_OF_EACH(256, 128, 129, 130, 131, 132, 133)
 #undef JAX_AWQ_D112
 #undef JAX_AWQ_D96
 #undef JAX_AWQ_D80
+#undef JAX_AWQ_D72
 #undef JAX_AWQ_D64
 #undef JAX_AWQ_D48
 #undef JAX_AWQ_D32
+#undef JAX_AWQ_D24
 #undef JAX_AWQ_D16
 #undef JAX_AWQ_D8
 #undef JAX_AWQ_SUMS128
 #undef JAX_AWQ_SUMS112
 #undef JAX_AWQ_SUMS96
 #undef JAX_AWQ_SUMS80
+#undef JAX_AWQ_SUMS72
 #undef JAX_AWQ_SUMS64
 #undef JAX_AWQ_SUMS48
 #undef JAX_AWQ_SUMS32
+#undef JAX_AWQ_SUMS24
 #undef JAX_AWQ_SUMS16
 #undef JAX_AWQ_SUMS8
 

@@ -50,7 +50,7 @@ struct AwqGemmPlan {
   int split_k = 1;
   int resident_ctas = 0;  // that the device runs at once
   bool cluster = false;   // splits meet in a thread block cluster; otherwise in the workspace
-  bool stream_k = false;  // all CTAs share the tiles that would not fill a wave (see StreamK)
+  bool stream_k = false;  // all CTAs share the tiles that would not fill a wave (see TmaSchedule)
   size_t workspace_bytes = 0;
   double microseconds = 0;  // that the cost model expects; 0 where it does not cover the plan
   std::vector<std::pair<std::string, std::string>> refused;  // variant, why it cannot run

@@ -1,10 +1,9 @@
-// The kernel for few tokens on sm_90a: reading the weights is all the work there is.
+// Up to 16 tokens on sm_90a: reading the weights is all the work there is.
 //
-// A CTA has 256 outputs and all tokens. One warp keeps TMA copies coming, two teams of eight warps
-// take turns at the stages, and the CTAs of a cluster divide K. Once little is left to read, time
-// goes to what a single warp does one instruction after the other, five clocks each: so no division
-// and no wait stands before the first copy, and sums are pushed to the member that finishes them,
-// who alone waits.
+// A CTA has 256 outputs and all tokens, and the members of a cluster divide K. Two teams of eight
+// warps take turns at the stages of one pipeline. Once little is left to read, time goes to what a
+// single warp does one instruction after the other: so no division and no wait stands before the
+// first copy, and sums are pushed to the member that finishes them, who alone waits.
 
 #include <cuda.h>
 

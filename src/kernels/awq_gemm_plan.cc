@@ -82,6 +82,13 @@ const char* TmaUnsupported(const AwqGemmProblem& p, const Device& device) {
   return nullptr;
 }
 
+// Two CTAs share a processor's registers, and these products need two for a pair of scales.
+const char* TightTmaUnsupported(const AwqGemmProblem& p, const Device& device) {
+  if (const char* why = TmaUnsupported(p, device)) return why;
+  if (p.x_dtype != p.scales_dtype) return "x and scales have different dtypes";
+  return nullptr;
+}
+
 template <int kTokens>
 const char* FewUnsupported(const AwqGemmProblem& p, const Device& device) {
   if (const char* why = TooManyRows<kTokens>(p)) return why;
@@ -136,29 +143,32 @@ const char* DequantizeDotUnsupported(const AwqGemmProblem& p, const Device& devi
 constexpr Variant kVariants[] = {
     {"decode_8", AwqGemmKernel::kDecode, 8, 128, 32, 3, true, 0, DecodeUnsupported<8>},
     {"decode_16", AwqGemmKernel::kDecode, 16, 128, 32, 2, true, 0, DecodeUnsupported<16>},
-    {"few_8x256", AwqGemmKernel::kFew, 8, 256, 128, 1, true, 0.23, FewUnsupported<8>},
-    {"few_16x256", AwqGemmKernel::kFew, 16, 256, 128, 1, true, 0.28, FewUnsupported<16>},
-    {"tma_32x128", AwqGemmKernel::kTma, 32, 128, 64, 2, true, 0.25, TmaUnsupported},
-    {"tma_32x256", AwqGemmKernel::kTma, 32, 256, 64, 2, true, 0.38, TmaUnsupported},
-    {"tma_64x128", AwqGemmKernel::kTma, 64, 128, 64, 2, true, 0.286, TmaUnsupported},
-    {"tma_64x256", AwqGemmKernel::kTma, 64, 256, 64, 1, true, 0.455, TmaUnsupported},
-    {"tma_96x128", AwqGemmKernel::kTma, 96, 128, 64, 2, true, 0.3, TmaUnsupported},
-    {"tma_96x256", AwqGemmKernel::kTma, 96, 256, 64, 1, true, 0.508, TmaUnsupported},
-    {"tma_128x128", AwqGemmKernel::kTma, 128, 128, 64, 1, true, 0.359, TmaUnsupported},
-    {"tma_128x256", AwqGemmKernel::kTma, 128, 256, 64, 1, true, 0.622, TmaUnsupported},
-    {"tma_160x128", AwqGemmKernel::kTma, 160, 128, 64, 1, true, 0.407, TmaUnsupported},
-    {"tma_192x128", AwqGemmKernel::kTma, 192, 128, 64, 1, true, 0.466, TmaUnsupported},
-    {"tma_224x128", AwqGemmKernel::kTma, 224, 128, 64, 1, true, 0.519, TmaUnsupported},
-    {"tma_256x128", AwqGemmKernel::kTma, 256, 128, 64, 1, true, 0.609, TmaUnsupported},
-    {"tma_320x128", AwqGemmKernel::kTma, 320, 128, 64, 1, true, 0.753, TmaUnsupported},
-    {"stream_96x256", AwqGemmKernel::kTma, 96, 256, 64, 1, false, 0.508, StreamUnsupported},
-    {"stream_128x128", AwqGemmKernel::kTma, 128, 128, 64, 1, false, 0.359, StreamUnsupported},
-    {"stream_128x256", AwqGemmKernel::kTma, 128, 256, 64, 1, false, 0.622, StreamUnsupported},
-    {"stream_160x128", AwqGemmKernel::kTma, 160, 128, 64, 1, false, 0.407, StreamUnsupported},
-    {"stream_192x128", AwqGemmKernel::kTma, 192, 128, 64, 1, false, 0.466, StreamUnsupported},
-    {"stream_224x128", AwqGemmKernel::kTma, 224, 128, 64, 1, false, 0.519, StreamUnsupported},
-    {"stream_256x128", AwqGemmKernel::kTma, 256, 128, 64, 1, false, 0.609, StreamUnsupported},
-    {"stream_320x128", AwqGemmKernel::kTma, 320, 128, 64, 1, false, 0.753, StreamUnsupported},
+    {"few_8x256", AwqGemmKernel::kFew, 8, 256, 128, 1, true, 0.229, FewUnsupported<8>},
+    {"few_16x256", AwqGemmKernel::kFew, 16, 256, 128, 1, true, 0.263, FewUnsupported<16>},
+    {"tma_32x128", AwqGemmKernel::kTma, 32, 128, 64, 2, true, 0.226, TmaUnsupported},
+    {"tma_32x256", AwqGemmKernel::kTma, 32, 256, 64, 2, true, 0.41, TmaUnsupported},
+    {"tma_48x256", AwqGemmKernel::kTma, 48, 256, 64, 2, true, 0.44, TightTmaUnsupported},
+    {"tma_64x128", AwqGemmKernel::kTma, 64, 128, 64, 2, true, 0.276, TmaUnsupported},
+    {"tma_64x256", AwqGemmKernel::kTma, 64, 256, 64, 1, true, 0.47, TmaUnsupported},
+    {"tma_96x128", AwqGemmKernel::kTma, 96, 128, 64, 2, true, 0.334, TmaUnsupported},
+    {"tma_96x256", AwqGemmKernel::kTma, 96, 256, 64, 1, true, 0.567, TmaUnsupported},
+    {"tma_128x128", AwqGemmKernel::kTma, 128, 128, 64, 1, true, 0.373, TmaUnsupported},
+    {"tma_128x256", AwqGemmKernel::kTma, 128, 256, 64, 1, true, 0.676, TmaUnsupported},
+    {"tma_160x128", AwqGemmKernel::kTma, 160, 128, 64, 1, true, 0.45, TmaUnsupported},
+    {"tma_192x128", AwqGemmKernel::kTma, 192, 128, 64, 1, true, 0.51, TmaUnsupported},
+    {"tma_224x128", AwqGemmKernel::kTma, 224, 128, 64, 1, true, 0.561, TmaUnsupported},
+    {"tma_256x128", AwqGemmKernel::kTma, 256, 128, 64, 1, true, 0.674, TmaUnsupported},
+    {"tma_288x128", AwqGemmKernel::kTma, 288, 128, 64, 1, true, 0.75, TmaUnsupported},
+    {"tma_320x128", AwqGemmKernel::kTma, 320, 128, 64, 1, true, 0.833, TmaUnsupported},
+    {"stream_96x256", AwqGemmKernel::kTma, 96, 256, 64, 1, false, 0.567, StreamUnsupported},
+    {"stream_128x128", AwqGemmKernel::kTma, 128, 128, 64, 1, false, 0.373, StreamUnsupported},
+    {"stream_128x256", AwqGemmKernel::kTma, 128, 256, 64, 1, false, 0.676, StreamUnsupported},
+    {"stream_160x128", AwqGemmKernel::kTma, 160, 128, 64, 1, false, 0.45, StreamUnsupported},
+    {"stream_192x128", AwqGemmKernel::kTma, 192, 128, 64, 1, false, 0.51, StreamUnsupported},
+    {"stream_224x128", AwqGemmKernel::kTma, 224, 128, 64, 1, false, 0.561, StreamUnsupported},
+    {"stream_256x128", AwqGemmKernel::kTma, 256, 128, 64, 1, false, 0.674, StreamUnsupported},
+    {"stream_288x128", AwqGemmKernel::kTma, 288, 128, 64, 1, false, 0.75, StreamUnsupported},
+    {"stream_320x128", AwqGemmKernel::kTma, 320, 128, 64, 1, false, 0.833, StreamUnsupported},
     {"w4a8_32x256", AwqGemmKernel::kTma, 32, 256, 128, 1, true, 0.22, CodesUnsupported},
     {"w4a8_64x256", AwqGemmKernel::kTma, 64, 256, 128, 1, true, 0.34, CodesUnsupported},
     {"w4a8_128x128", AwqGemmKernel::kTma, 128, 128, 128, 1, true, 0.26, CodesUnsupported},
@@ -228,18 +238,24 @@ int64_t ResidentClusters(const Device& device, int ctas_per_sm, int size) {
 // The constants from here on are fits to an H100 (benchmarks/NOTES.md); the right tile and split
 // follow from them for shapes nobody has timed.
 constexpr double kLaunch = 1.0;
-constexpr double kFill = 2.3;  // until the first step, and after the last
+constexpr double kFill = 2.05;  // until the first step, and after the last
 
-// How much longer a step takes when so many processors are at work: the clock falls under load.
-double Load(const Device& device, int64_t ctas) {
-  constexpr double kPower = 0.3;
+// Microseconds of a step of each of `ctas` at work at once. The clock falls under load, and memory
+// gives less in narrow rows; rows of tiles after the first find the weight in the L2.
+double StepMicroseconds(const AwqGemmProblem& p, const Device& device, const Variant& v,
+                        int64_t ctas, bool shared = false) {
+  // How much longer steps of two CTAs on a processor take; more where they multiply than read.
+  const double share = !shared ? 1.0 : p.m > v.tokens ? 1.9 : 1.6;
+  constexpr double kPower = 0.142;
+  const double rate = v.outputs == 256 ? 3.03e6 : 2.44e6;  // bytes a microsecond
   const double busy = std::min(1.0, static_cast<double>(ctas) / device.sm_count);
-  return 1.0 + kPower * std::max(0.0, busy - 0.5);
+  const double us = v.step_us * (1.0 + kPower * std::max(0.0, busy - 0.5)) * share;
+  return p.m > v.tokens ? us : std::max(us, ctas * v.outputs * 33.3 / rate);
 }
 
 // Microseconds of storing the tiles of all processors at once, before their next ones.
 double StoreMicroseconds(const Variant& v) {
-  constexpr double kElements = 9.1e3;  // a microsecond, of a tile
+  constexpr double kElements = 10.1e3;  // a microsecond, of a tile
   return v.tokens * v.outputs / kElements;
 }
 
@@ -251,20 +267,26 @@ int64_t Tiles(const AwqGemmProblem& p, const Variant& v) {
 // steps of the busiest processor, and for splits the sums that members of a cluster write to each
 // other.
 double TmaMicroseconds(const AwqGemmProblem& p, const Device& device, const Variant& v, int split) {
-  constexpr double kExchange = 0.31;
-  constexpr double kRemoteBytes = 18.4e3;  // a microsecond, that a processor writes to others
+  constexpr double kRemoteBytes = 25.8e3;  // a microsecond, that a processor writes to others
+  const bool few = v.kernel == AwqGemmKernel::kFew;
+  const double fill = few ? 0.74 : kFill;
+  const double first_exchange = few ? 1.73 : 0.04;
   const int64_t tiles = Tiles(p, v);
-  const int64_t waves = CeilDiv(tiles, ResidentClusters(device, v.ctas_per_sm, split));
+  const bool alone = tiles <= ResidentClusters(device, 1, split);
+  const int64_t waves = alone ? 1 : CeilDiv(tiles, ResidentClusters(device, v.ctas_per_sm, split));
+  const bool shared = !alone && v.ctas_per_sm > 1;
   const int64_t steps = CeilDiv(CeilDiv(p.contraction(), v.depth), split) * (v.depth / 64);
-  const double step_us = v.step_us * Load(device, waves > 1 ? device.sm_count : tiles * split);
+  const int64_t ctas =
+      waves > 1 ? ResidentClusters(device, v.ctas_per_sm, split) * split : tiles * split;
+  const double step_us = StepMicroseconds(p, device, v, ctas, shared);
   // Without splits the next tile's copies begin while this one's results are stored, but all
   // processors store at once.
   if (split == 1) {
-    return kLaunch + kFill + waves * steps * step_us + (waves - 1) * StoreMicroseconds(v);
+    return kLaunch + fill + waves * steps * step_us + (waves - 1) * StoreMicroseconds(v);
   }
-  const double tile_bytes = 4.0 * std::min<int64_t>(p.m, v.tokens) * v.outputs;
-  const double exchange = kExchange + tile_bytes * (split - 1) / split / kRemoteBytes;
-  return kLaunch + waves * (kFill + steps * step_us + exchange);
+  const double tile_bytes = 4.0 * std::min<int64_t>(p.m, v.tokens) * v.outputs * (1 + shared);
+  const double exchange = first_exchange + tile_bytes * (split - 1) / split / kRemoteBytes;
+  return kLaunch + waves * (fill + steps * step_us + exchange);
 }
 
 // How stream_k divides the tiles.
@@ -287,27 +309,30 @@ struct StreamShares {
 // does not fit the L2 comes from memory again.
 double SharedStepMicroseconds(const AwqGemmProblem& p, const Device& device, const Variant& v,
                               const StreamShares& stream) {
-  constexpr int64_t kRaster = 8;        // rows of tiles that go together, as in TmaTileOrder
-  constexpr double kCacheBytes = 32e6;  // of an L2 of 50 MB
+  constexpr int64_t kRaster = 8;          // rows of tiles that go together, as in TmaTileOrder
+  constexpr double kCacheBytes = 32e6;    // of an L2 of 50 MB
   constexpr double kMemoryBytes = 3.1e6;  // a microsecond
-  const int64_t rows = std::min(CeilDiv(p.m, v.tokens), kRaster);
-  const int64_t columns = CeilDiv(std::min(stream.shared, 2 * stream.ctas), rows);
-  const double x_bytes = 2.0 * v.tokens;  // for an index of K and a tile
+  const int64_t tiles = std::min(stream.shared, 2 * stream.ctas);  // of one time
+  const int64_t all_rows = CeilDiv(p.m, v.tokens);
+  const int64_t columns =
+      std::min(CeilDiv(tiles, std::min(all_rows, kRaster)), CeilDiv(p.outputs(), v.outputs));
+  const int64_t rows = std::min(CeilDiv(tiles, columns), all_rows);
+  const double x_bytes = 2.0 * v.tokens;                       // for an index of K and a tile
   const double weight_bytes = rows > 1 ? 0.5 * v.outputs : 0;  // read once otherwise
   const double bytes = (rows * x_bytes + columns * weight_bytes) * p.contraction();
   const double missed = std::max(0.0, 1.0 - kCacheBytes / bytes);
-  return std::max(v.step_us * Load(device, stream.ctas),
+  return std::max(StepMicroseconds(p, device, v, stream.ctas),
                   missed * stream.ctas * 64 * (x_bytes + weight_bytes) / kMemoryBytes);
 }
 
 double StreamMicroseconds(const AwqGemmProblem& p, const Device& device, const Variant& v) {
-  constexpr double kClear = 2.8;        // the launch that clears counts
-  constexpr double kPartBytes = 100e3;  // a microsecond and processor, written or read
+  constexpr double kClear = 2.8;       // the launch that clears counts
+  constexpr double kPartBytes = 98e3;  // a microsecond and processor, written or read
   const StreamShares stream(p, device, v);
   const int64_t steps = CeilDiv(p.contraction(), v.depth);
-  const double us = kLaunch + kFill +
-                    stream.whole / stream.ctas *
-                        (steps * v.step_us * Load(device, stream.ctas) + StoreMicroseconds(v));
+  const double whole_us =
+      steps * StepMicroseconds(p, device, v, stream.ctas) + StoreMicroseconds(v);
+  const double us = kLaunch + kFill + stream.whole / stream.ctas * whole_us;
   if (stream.shared == 0) return us;
   // One of its own, and those of all others that have a part of the tile that it finishes.
   const int64_t parts = 1 + CeilDiv(stream.ctas, stream.shared);
@@ -353,7 +378,7 @@ double DequantizeDotMicroseconds(const AwqGemmProblem& p, const Device& device) 
   constexpr double kBytes = 3.7e6;  // a microsecond, read and written
   constexpr double kDenseLaunch = 9.0;
   constexpr double kDenseBytes = 4.4e6;
-  constexpr double kOperations = 5.0e6;  // a microsecond and processor
+  constexpr double kOperations = 5.2e6;  // a microsecond and processor
   const double weights = static_cast<double>(p.k) * p.n * p.batch;
   return kDequantizeLaunch + 2.5 * weights / kBytes +
          std::hypot(2.0 * p.m * weights / (kOperations * device.sm_count),
@@ -374,7 +399,7 @@ const char* ChooseTma(const AwqGemmProblem& p, const Device& device) {
     if (best == nullptr || us < best_us) best = &v, best_us = us;
   }
   // The library's rate is that of a processor under load, the constants here of one that is not.
-  constexpr double kLoad = 1.335;
+  constexpr double kLoad = 1.1;
   if (Runs("dequantize_dot", p, device) && DequantizeDotMicroseconds(p, device) < kLoad * best_us) {
     return "dequantize_dot";
   }
@@ -454,7 +479,7 @@ AwqGemmPlan PlanAwqGemm(const AwqGemmProblem& p, const Device& device, size_t wo
   if (IsStream(*v)) {
     plan.microseconds = StreamMicroseconds(p, device, *v);
     const size_t bytes = StreamShares(p, device, *v).workspace_bytes();
-    plan.stream_k = bytes <= workspace_limit;
+    plan.stream_k = bytes > 0 && bytes <= workspace_limit;
     plan.workspace_bytes = plan.stream_k ? bytes : 0;
     return plan;
   }

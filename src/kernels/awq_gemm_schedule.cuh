@@ -38,19 +38,12 @@ struct TmaTileOrder {
   Divider by_batch, by_band, by_last_height;
 };
 
-// The tiles that would not fill a wave, and those of the wave before: all CTAs share their steps
-// equally, so that a tile's sum is divided among neighbours. Whoever has its last steps finishes it,
-// with what the CTAs before have left of it in the workspace (Osama et al., Stream-K, 2023). The
-// division depends on shapes and processors alone.
-struct StreamK {
-  StreamK() = default;
-  StreamK(unsigned tiles, unsigned steps, unsigned ctas)
-      : even{tiles * steps / ctas, tiles * steps % ctas} {}
-
-  Share::Even even;
-};
-
 // All that CTAs need to know of it, counted by the host.
+//
+// Stream-K (Osama et al., 2023): of the tiles that would not fill a wave, and those of the wave
+// before, all CTAs share the steps equally, so that a tile's sum is divided among neighbours.
+// Whoever has its last steps finishes it, with what the CTAs before have left of it in the
+// workspace. The division depends on shapes and processors alone.
 struct TmaSchedule {
   TmaSchedule() = default;
   // `members` CTAs have tiles side by side, and of each of these as many have a part as there are
@@ -68,15 +61,16 @@ struct TmaSchedule {
         by_steps(steps) {
     if (stream_k) {
       whole = static_cast<unsigned>(WholeTiles(order.count, groups));
-      stream = StreamK(order.count - whole, steps, this->groups);
+      const unsigned shared = (order.count - whole) * steps;
+      tail = {shared / this->groups, shared % this->groups};
     }
   }
 
   TmaTileOrder order;
   unsigned steps, groups;
-  unsigned whole;       // tiles that are not shared among all CTAs
-  Share::Even split;    // of the steps of a tile
-  StreamK stream = {};  // nothing is shared unless there is a tail
+  unsigned whole;         // tiles that are not shared among all CTAs
+  Share::Even split;      // of the steps of a tile
+  Share::Even tail = {};  // of the steps of the tiles that are shared
   Divider by_ctas, by_splits, by_groups, by_steps;
 };
 
@@ -88,11 +82,11 @@ class TmaWork {
         schedule_(s),
         next_(s.by_ctas.Quotient(blockIdx.x)),
         share_(s.split, split),
-        tail_(s.stream.even, blockIdx.x) {
+        tail_(s.tail, blockIdx.x) {
     items = s.whole > next_ ? s.by_groups.Quotient(s.whole - next_ + s.groups - 1) : 0;
     if (tail_.count > 0) {
-      items += s.by_steps.Quotient(tail_.first + tail_.count - 1) -
-               s.by_steps.Quotient(tail_.first) + 1;
+      items +=
+          s.by_steps.Quotient(tail_.first + tail_.count - 1) - s.by_steps.Quotient(tail_.first) + 1;
     }
   }
 
@@ -111,7 +105,7 @@ class TmaWork {
     leaves = !whole && end - start < schedule_.steps;
     parts = 0;
     for (int missing = whole || leaves ? 0 : first - start; missing > 0;) {
-      missing -= Share(schedule_.stream.even, blockIdx.x - ++parts).count;
+      missing -= Share(schedule_.tail, blockIdx.x - ++parts).count;
     }
     next_ += whole ? schedule_.groups : 0;
     tail_.count -= whole ? 0 : end - first;

@@ -17,8 +17,8 @@
 
 namespace jax_awq {
 
-// What CTAs leave for each other of the tail (StreamK): sums in the order in which a part passes
-// through the pipeline, a stage's x at a time, and how many warps have left theirs.
+// What CTAs leave for each other of shared tiles (TmaSchedule): sums in the order in which a part
+// passes through the pipeline, a stage's x at a time, and how many warps have left theirs.
 struct TailParts {
   char* sums;
   uint32_t* counts;
@@ -37,7 +37,7 @@ struct TailParts {
 #pragma unroll
     for (int i = 0; i < Tile::kTokens / 8 * Tile::kTiles; ++i) {
       const float* v = acc[i % Tile::kTiles] + i / Tile::kTiles * 4;
-      to[i / Tile::kPartFours * (Tile::kXBytes / 16) + i % Tile::kPartFours * 32] =
+      to[i / Tile::kPartFours * (Tile::kPartStageBytes / 16) + i % Tile::kPartFours * 32] =
           make_float4(v[0], v[1], v[2], v[3]);
     }
     FenceProxyAsyncGlobal();  // bulk copies will read them
@@ -217,9 +217,10 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
           for (int i = 0; i < Tile::kPartStages; ++i) {
             BarrierWait(Tile::Empty(shared, at.stage), at.phase ^ 1);
             if (ElectOne()) {
-              BarrierArriveExpecting(Tile::Full(shared, at.stage), Tile::kXBytes);
-              CopyBytes(Tile::X(shared, at.stage), from + i * Tile::kXBytes, Tile::kXBytes,
-                        Tile::Full(shared, at.stage));
+              const uint32_t barrier = Tile::Full(shared, at.stage);
+              BarrierArriveExpecting(barrier, Tile::kPartStageBytes);
+              CopyBytes(Tile::X(shared, at.stage), from + i * Tile::kPartStageBytes,
+                        Tile::kPartStageBytes, barrier);
             }
             __syncwarp();
             at.Advance();
@@ -248,14 +249,15 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
     work.Next();
     unsigned batch, row, column;
     order.Find(work.tile, &batch, &row, &column);
-    EpilogueParams epilogue = MakeEpilogue(p, batch);
-    if (epilogue.partials) epilogue.WriteOnly(split * p.batch * p.size());
-    const RowScales<kTokens> row_scales(epilogue, static_cast<int64_t>(row) * kTokens);
+    const RowScales<kTokens> row_scales(MakeEpilogue(p, batch),
+                                        static_cast<int64_t>(row) * kTokens);
 
     float acc[kTiles][kTokens / 2];
     __builtin_assume(work.share.count > 0);  // or ptxas serializes what follows
     consumer.Accumulate(work.share, acc);
 
+    EpilogueParams epilogue = MakeEpilogue(p, batch);
+    if (epilogue.partials) epilogue.WriteOnly(split * p.batch * p.size());
     const unsigned blocks = blocks_of(row);
     if constexpr (!Tile::kCodes) {
       if (work.leaves) {
@@ -422,15 +424,15 @@ cudaError_t LaunchTmaTile(const AwqGemmPlan& plan, const AwqGemmParams& p, cudaS
       TmaSchedule(p, kTokens, Tile::kOutputs, Tile::kDepth, params.members, groups, plan.stream_k);
   if (plan.stream_k) {
     params.parts.sums = static_cast<char*>(p.buffers.workspace);
-    params.parts.counts = reinterpret_cast<uint32_t*>(params.parts.sums + groups * Tile::kPartBytes);
+    params.parts.counts =
+        reinterpret_cast<uint32_t*>(params.parts.sums + groups * Tile::kPartBytes);
     ClearCountsKernel<<<1, 256, 0, stream>>>(params.parts.counts, static_cast<unsigned>(groups));
     if (const cudaError_t error = cudaGetLastError()) return error;
   }
-  return LaunchClusters(AwqGemmTmaKernel<T, S, kTokens, kTiles>, params,
-                        p.cluster_size() * params.members,
-                        dim3(static_cast<unsigned>(groups * p.splits * params.members)),
-                        Tile::kThreads, Tile::kSharedBytes, stream,
-                        p.buffers.overlap || plan.stream_k);
+  return LaunchClusters(
+      AwqGemmTmaKernel<T, S, kTokens, kTiles>, params, p.cluster_size() * params.members,
+      dim3(static_cast<unsigned>(groups * p.splits * params.members)), Tile::kThreads,
+      Tile::kSharedBytes, stream, p.buffers.overlap || plan.stream_k);
 }
 
 template <typename T, typename S>
@@ -440,6 +442,9 @@ cudaError_t LaunchTmaTiles(const AwqGemmPlan& plan, const AwqGemmParams& p, cuda
       return LaunchTmaTile<T, S, 32, 1>(plan, p, stream);
     case 32256:
       return LaunchTmaTile<T, S, 32, 2>(plan, p, stream);
+    case 48256:
+      if constexpr (std::is_same_v<T, S>) return LaunchTmaTile<T, S, 48, 2>(plan, p, stream);
+      return cudaErrorInvalidValue;
     case 64128:
       return LaunchTmaTile<T, S, 64, 1>(plan, p, stream);
     case 64256:
@@ -460,6 +465,8 @@ cudaError_t LaunchTmaTiles(const AwqGemmPlan& plan, const AwqGemmParams& p, cuda
       return LaunchTmaTile<T, S, 224, 1>(plan, p, stream);
     case 256128:
       return LaunchTmaTile<T, S, 256, 1>(plan, p, stream);
+    case 288128:
+      return LaunchTmaTile<T, S, 288, 1>(plan, p, stream);
     case 320128:
       return LaunchTmaTile<T, S, 320, 1>(plan, p, stream);
     default:

@@ -1,5 +1,5 @@
-// Division by a number that only the host has to divide by: a kernel waits 150 clocks for each
-// division of integers, before its first copy.
+// Division by a number that only the host has to divide by: a kernel would wait for each division
+// of integers before its first copy.
 #pragma once
 
 #include <cstdint>
