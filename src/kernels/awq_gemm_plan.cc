@@ -156,19 +156,19 @@ constexpr Variant kVariants[] = {
     {"tma_128x256", AwqGemmKernel::kTma, 128, 256, 64, 1, true, 0.676, TmaUnsupported},
     {"tma_160x128", AwqGemmKernel::kTma, 160, 128, 64, 1, true, 0.45, TmaUnsupported},
     {"tma_192x128", AwqGemmKernel::kTma, 192, 128, 64, 1, true, 0.51, TmaUnsupported},
-    {"tma_224x128", AwqGemmKernel::kTma, 224, 128, 64, 1, true, 0.561, TmaUnsupported},
-    {"tma_256x128", AwqGemmKernel::kTma, 256, 128, 64, 1, true, 0.674, TmaUnsupported},
+    {"tma_224x128", AwqGemmKernel::kTma, 224, 128, 64, 1, true, 0.572, TmaUnsupported},
+    {"tma_256x128", AwqGemmKernel::kTma, 256, 128, 64, 1, true, 0.66, TmaUnsupported},
     {"tma_288x128", AwqGemmKernel::kTma, 288, 128, 64, 1, true, 0.75, TmaUnsupported},
-    {"tma_320x128", AwqGemmKernel::kTma, 320, 128, 64, 1, true, 0.833, TmaUnsupported},
+    {"tma_320x128", AwqGemmKernel::kTma, 320, 128, 64, 1, true, 0.845, TmaUnsupported},
     {"stream_96x256", AwqGemmKernel::kTma, 96, 256, 64, 1, false, 0.567, StreamUnsupported},
     {"stream_128x128", AwqGemmKernel::kTma, 128, 128, 64, 1, false, 0.373, StreamUnsupported},
     {"stream_128x256", AwqGemmKernel::kTma, 128, 256, 64, 1, false, 0.676, StreamUnsupported},
     {"stream_160x128", AwqGemmKernel::kTma, 160, 128, 64, 1, false, 0.45, StreamUnsupported},
     {"stream_192x128", AwqGemmKernel::kTma, 192, 128, 64, 1, false, 0.51, StreamUnsupported},
-    {"stream_224x128", AwqGemmKernel::kTma, 224, 128, 64, 1, false, 0.561, StreamUnsupported},
-    {"stream_256x128", AwqGemmKernel::kTma, 256, 128, 64, 1, false, 0.674, StreamUnsupported},
+    {"stream_224x128", AwqGemmKernel::kTma, 224, 128, 64, 1, false, 0.572, StreamUnsupported},
+    {"stream_256x128", AwqGemmKernel::kTma, 256, 128, 64, 1, false, 0.66, StreamUnsupported},
     {"stream_288x128", AwqGemmKernel::kTma, 288, 128, 64, 1, false, 0.75, StreamUnsupported},
-    {"stream_320x128", AwqGemmKernel::kTma, 320, 128, 64, 1, false, 0.833, StreamUnsupported},
+    {"stream_320x128", AwqGemmKernel::kTma, 320, 128, 64, 1, false, 0.845, StreamUnsupported},
     {"w4a8_32x256", AwqGemmKernel::kTma, 32, 256, 128, 1, true, 0.22, CodesUnsupported},
     {"w4a8_64x256", AwqGemmKernel::kTma, 64, 256, 128, 1, true, 0.34, CodesUnsupported},
     {"w4a8_128x128", AwqGemmKernel::kTma, 128, 128, 128, 1, true, 0.26, CodesUnsupported},
@@ -243,9 +243,7 @@ constexpr double kFill = 2.05;  // until the first step, and after the last
 // Microseconds of a step of each of `ctas` at work at once. The clock falls under load, and memory
 // gives less in narrow rows; rows of tiles after the first find the weight in the L2.
 double StepMicroseconds(const AwqGemmProblem& p, const Device& device, const Variant& v,
-                        int64_t ctas, bool shared = false) {
-  // How much longer steps of two CTAs on a processor take; more where they multiply than read.
-  const double share = !shared ? 1.0 : p.m > v.tokens ? 1.9 : 1.6;
+                        int64_t ctas, double share = 1.0) {
   constexpr double kPower = 0.142;
   const double rate = v.outputs == 256 ? 3.03e6 : 2.44e6;  // bytes a microsecond
   const double busy = std::min(1.0, static_cast<double>(ctas) / device.sm_count);
@@ -275,10 +273,13 @@ double TmaMicroseconds(const AwqGemmProblem& p, const Device& device, const Vari
   const bool alone = tiles <= ResidentClusters(device, 1, split);
   const int64_t waves = alone ? 1 : CeilDiv(tiles, ResidentClusters(device, v.ctas_per_sm, split));
   const bool shared = !alone && v.ctas_per_sm > 1;
+  // How much longer steps of two CTAs on a processor take, more where they do little but multiply.
+  const bool multiply = p.m > v.tokens || (v.tokens > 48 && split == 1);
+  const double share = !shared ? 1.0 : multiply ? 1.9 : 1.6;
   const int64_t steps = CeilDiv(CeilDiv(p.contraction(), v.depth), split) * (v.depth / 64);
   const int64_t ctas =
       waves > 1 ? ResidentClusters(device, v.ctas_per_sm, split) * split : tiles * split;
-  const double step_us = StepMicroseconds(p, device, v, ctas, shared);
+  const double step_us = StepMicroseconds(p, device, v, ctas, share);
   // Without splits the next tile's copies begin while this one's results are stored, but all
   // processors store at once.
   if (split == 1) {
@@ -306,11 +307,11 @@ struct StreamShares {
 };
 
 // Of shares that begin anywhere in K, each step reads other rows of x and of the weight, and what
-// does not fit the L2 comes from memory again.
+// does not fit the L2 comes from memory again. All tiles of a row need x, so that it stays first.
 double SharedStepMicroseconds(const AwqGemmProblem& p, const Device& device, const Variant& v,
                               const StreamShares& stream) {
   constexpr int64_t kRaster = 8;          // rows of tiles that go together, as in TmaTileOrder
-  constexpr double kCacheBytes = 32e6;    // of an L2 of 50 MB
+  constexpr double kCacheBytes = 25e6;    // of an L2 of 50 MB
   constexpr double kMemoryBytes = 3.1e6;  // a microsecond
   const int64_t tiles = std::min(stream.shared, 2 * stream.ctas);  // of one time
   const int64_t all_rows = CeilDiv(p.m, v.tokens);
@@ -319,10 +320,14 @@ double SharedStepMicroseconds(const AwqGemmProblem& p, const Device& device, con
   const int64_t rows = std::min(CeilDiv(tiles, columns), all_rows);
   const double x_bytes = 2.0 * v.tokens;                       // for an index of K and a tile
   const double weight_bytes = rows > 1 ? 0.5 * v.outputs : 0;  // read once otherwise
-  const double bytes = (rows * x_bytes + columns * weight_bytes) * p.contraction();
-  const double missed = std::max(0.0, 1.0 - kCacheBytes / bytes);
-  return std::max(StepMicroseconds(p, device, v, stream.ctas),
-                  missed * stream.ctas * 64 * (x_bytes + weight_bytes) / kMemoryBytes);
+  auto missed = [&](double bytes) {
+    return std::max(0.0, 1.0 - kCacheBytes / (bytes * p.contraction()));
+  };
+  const double missed_bytes = missed(rows * x_bytes) * x_bytes +
+                              missed(rows * x_bytes + columns * weight_bytes) * weight_bytes;
+  const double read_us = stream.ctas * 64 * missed_bytes / kMemoryBytes;
+  // The two hide each other in part.
+  return std::cbrt(std::pow(StepMicroseconds(p, device, v, stream.ctas), 3) + std::pow(read_us, 3));
 }
 
 double StreamMicroseconds(const AwqGemmProblem& p, const Device& device, const Variant& v) {
@@ -336,10 +341,11 @@ double StreamMicroseconds(const AwqGemmProblem& p, const Device& device, const V
   if (stream.shared == 0) return us;
   // One of its own, and those of all others that have a part of the tile that it finishes.
   const int64_t parts = 1 + CeilDiv(stream.ctas, stream.shared);
-  return us + kClear + (stream.shared > stream.ctas ? StoreMicroseconds(v) : 0) +
-         CeilDiv(stream.shared * steps, stream.ctas) *
-             SharedStepMicroseconds(p, device, v, stream) +
-         parts * stream.tile_bytes / kPartBytes;
+  const double shared_us =
+      CeilDiv(stream.shared * steps, stream.ctas) * SharedStepMicroseconds(p, device, v, stream) +
+      (stream.shared > stream.ctas ? StoreMicroseconds(v) : 0) +
+      parts * stream.tile_bytes / kPartBytes;
+  return us + kClear + shared_us;
 }
 
 // The split that few rows and many share: the one with the least product of their times.
