@@ -15,7 +15,6 @@ template <typename T, typename S, int kTokens, int kTiles>
 class WgmmaConsumer {
   using Tile = TmaTile<kTokens, kTiles, 2>;
   static constexpr int kHalves = kTokens > 256 ? 2 : 1;  // wgmma has at most 256 columns
-  static constexpr bool kFewRegisters = Tile::kCtas > 1 && kTokens* kTiles > 64;
   using D = Dequant<T>;
   using Scale = std::conditional_t<std::is_same_v<T, S>, uint32_t, typename D::Scale>;
 
@@ -43,12 +42,12 @@ class WgmmaConsumer {
       const int stage = at_.stage;
       BarrierWait(Tile::Full(shared_, stage), at_.phase);
       uint32_t codes[2][4];
-      if constexpr (!kFewRegisters) lane.LoadCodes(stage, codes);
+      if constexpr (!Tile::kFewRegisters) lane.LoadCodes(stage, codes);
       const int depth = (share.first + i) * Tile::kDepth;
       const uint64_t x = x_tiles + (stage * Tile::kXBytes >> 4);  // descriptors count 16 bytes
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
-        if (kFewRegisters && s % 2 == 0) lane.LoadCodes(stage, s / 2, codes[s / 2]);
+        if (Tile::kFewRegisters && s % 2 == 0) lane.LoadCodes(stage, s / 2, codes[s / 2]);
         if (s == 0 || (s == 2 && group_shift_ == 5)) {
           const int now = (depth + 16 * s) >> group_shift_;
           if (now != group) {

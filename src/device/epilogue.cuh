@@ -179,6 +179,7 @@ struct ResultTile {
 
 // Which of `units` pieces of a tile each member of a cluster finishes: an equal share.
 struct Deal {
+  Deal() = default;
   __device__ Deal(unsigned units, unsigned members, unsigned rank)
       : per(max((units + members - 1) / members, 1u)),
         own(min(per, units - min(units, rank * per))) {}
@@ -238,76 +239,118 @@ class RowScales {
   }
 
   // Multiplies what a lane has of a block of eight tokens, v[2 h + i] of token 2 t + i. All lanes
-  // of a warp ask for the same block.
+  // of a warp ask for the same block, a constant once loops are unrolled.
   __device__ __forceinline__ void Multiply(unsigned block, float* v) const {
     float own = rows_[0];
 #pragma unroll
     for (int i = 1; i < kCount; ++i) own = block / 4 == i ? rows_[i] : own;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float scale = __shfl_sync(~0u, own, block % 4 * 8 + threadIdx.x % 4 * 2 + i);
+      const float scale = Shuffle(own, block, i);
+      v[i] *= scale;
+      v[i + 2] *= scale;
+    }
+  }
+
+  // The same where the block is no constant. Chosen among what was shuffled: chosen before, rows_
+  // would be an array in memory.
+  __device__ __forceinline__ void MultiplyAny(unsigned block, float* v) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float scale = 0.0f;
+#pragma unroll
+      for (int r = 0; r < kCount; ++r) {
+        const float of_row = Shuffle(rows_[r], block, i);
+        scale = block / 4 == r ? of_row : scale;
+      }
       v[i] *= scale;
       v[i + 2] *= scale;
     }
   }
 
  private:
+  // Of token i of the two that this lane has of a block.
+  __device__ static float Shuffle(float own, unsigned block, int i) {
+    return __shfl_sync(~0u, own, block % 4 * 8 + threadIdx.x % 4 * 2 + i);
+  }
+
   static constexpr int kCount = (kTokens + 31) / 32;
   float rows_[kCount];
 };
 
-// What a lane holds of one word's eight outputs: the even or the odd ones of all eight (kTiles = 2)
-// or of four, for two tokens. It swaps one token for the other half with a neighbour and stores
-// consecutive outputs of the other.
+// Where a lane's results go: the even or the odd ones of a word's eight outputs (kTiles = 2) or of
+// four, for two tokens. It swaps one token for the other half with a neighbour and stores
+// consecutive outputs of the other. All that does not depend on the sums is done by the
+// constructor: behind the loop over K nothing would hide it.
 template <int kTiles>
 class HalfWord {
  public:
-  // `output`: first of the word; `part`: which four of it where kTiles is 1.
-  __device__ HalfWord(const EpilogueParams& p, int64_t output, int part, bool odd)
-      : output_(output + 4 * part), odd_(odd), valid_(output < p.outputs) {
+  HalfWord() = default;
+
+  // Which half this lane has.
+  __device__ static bool HasOdd() { return threadIdx.x / 4 % 2; }
+
+  // `output`: first of the word; `part`: which four of it where kTiles is 1. `token`: of block 0,
+  // the one that this lane stores: the first of its two where it has the even outputs.
+  __device__ __forceinline__ HalfWord(const EpilogueParams& p, int64_t output, int part,
+                                      int64_t token) {
+    const bool valid = output < p.outputs;
+    const bool odd = HasOdd();
+    output += 4 * part;
 #pragma unroll
     for (int i = 0; i < 2 * kTiles; ++i) {
-      bias_[i] = p.bias && valid_ ? LoadAsFloat(p.bias, output_ + 2 * i + odd, p.bias_dtype) : 0.0f;
+      bias_[i] = p.bias && valid ? LoadAsFloat(p.bias, output + 2 * i + odd, p.bias_dtype) : 0.0f;
     }
+    const int bytes = SizeOf(p.out_dtype);
+    to_ = static_cast<char*>(p.y) + (token * p.outputs + output) * bytes;
+    tokens_ = valid ? static_cast<int>(min(p.m - token, int64_t{INT32_MAX})) : 0;
   }
 
-  // v[j][2 * h + i]: output 2 * (2 * j + h) + odd of the word, token i of two. `token` is the one
-  // that this lane stores: the first where it has the even outputs. Called by whole warps.
+  // v[j][2 * h + i]: output 2 * (2 * j + h) + odd of the word, token i of two, `block` times eight
+  // tokens on. Called by whole warps.
   template <bool kActivate>
   __device__ __forceinline__ void Store(const EpilogueParams& p, const float (&v)[kTiles][4],
-                                        int64_t token) const {
-    float first[2 * kTiles], second[2 * kTiles];  // of the two tokens
+                                        int block) const {
+    const bool has_odd = HasOdd();
+    float of[2][2 * kTiles];  // the two tokens
 #pragma unroll
     for (int i = 0; i < 2 * kTiles; ++i) {
-      first[i] = v[i / 2][i % 2 * 2] + bias_[i];
-      second[i] = v[i / 2][i % 2 * 2 + 1] + bias_[i];
+      of[0][i] = v[i / 2][i % 2 * 2] + bias_[i];
+      of[1][i] = v[i / 2][i % 2 * 2 + 1] + bias_[i];
     }
-    if (kActivate && p.activation != Activation::kNone) {
+    if (kActivate && __builtin_expect(p.activation != Activation::kNone, 0)) {
+      // One after the other through the same instructions: all activations for every value would
+      // stand between the sums and what stores them.
+#pragma unroll 1
+      for (int n = 0; n < 4 * kTiles; ++n) {
+        const float next = Activate(of[0][0], p.activation);
 #pragma unroll
-      for (int i = 0; i < 2 * kTiles; ++i) {
-        first[i] = Activate(first[i], p.activation);
-        second[i] = Activate(second[i], p.activation);
+        for (int i = 0; i < 4 * kTiles - 1; ++i) {
+          of[i / (2 * kTiles)][i % (2 * kTiles)] =
+              of[(i + 1) / (2 * kTiles)][(i + 1) % (2 * kTiles)];
+        }
+        of[1][2 * kTiles - 1] = next;
       }
     }
     float mine[2 * kTiles], other[2 * kTiles];
 #pragma unroll
     for (int i = 0; i < 2 * kTiles; ++i) {
-      mine[i] = odd_ ? second[i] : first[i];
-      other[i] = odd_ ? first[i] : second[i];
+      mine[i] = has_odd ? of[1][i] : of[0][i];
+      other[i] = has_odd ? of[0][i] : of[1][i];
     }
-    const bool store = valid_ && token < p.m;
-    const int64_t at = token * p.outputs + output_;
+    const bool store = 8 * block < tokens_;
+    char* to = to_ + 8 * block * p.outputs * SizeOf(p.out_dtype);
     if (p.out_dtype == DType::kF32) {
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
         float4 four;
         const float low = __shfl_xor_sync(~0u, other[2 * j], 4);
         const float high = __shfl_xor_sync(~0u, other[2 * j + 1], 4);
-        four.x = odd_ ? low : mine[2 * j];
-        four.y = odd_ ? mine[2 * j] : low;
-        four.z = odd_ ? high : mine[2 * j + 1];
-        four.w = odd_ ? mine[2 * j + 1] : high;
-        if (store) *reinterpret_cast<float4*>(static_cast<float*>(p.y) + at + 4 * j) = four;
+        four.x = has_odd ? low : mine[2 * j];
+        four.y = has_odd ? mine[2 * j] : low;
+        four.z = has_odd ? high : mine[2 * j + 1];
+        four.w = has_odd ? mine[2 * j + 1] : high;
+        if (store) reinterpret_cast<float4*>(to)[j] = four;
       }
       return;
     }
@@ -317,13 +360,12 @@ class HalfWord {
       const uint32_t own = PackPair(mine[2 * j], mine[2 * j + 1], p.out_dtype);
       const uint32_t swapped =
           __shfl_xor_sync(~0u, PackPair(other[2 * j], other[2 * j + 1], p.out_dtype), 4);
-      const uint32_t even = odd_ ? swapped : own;
-      const uint32_t odd = odd_ ? own : swapped;
+      const uint32_t even = has_odd ? swapped : own;
+      const uint32_t odd = has_odd ? own : swapped;
       pairs[2 * j] = SelectBytes(even, odd, 0x5410);
       pairs[2 * j + 1] = SelectBytes(even, odd, 0x7632);
     }
     if (!store) return;
-    uint16_t* to = static_cast<uint16_t*>(p.y) + at;
     if constexpr (kTiles == 2) {
       *reinterpret_cast<uint4*>(to) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
     } else {
@@ -332,10 +374,25 @@ class HalfWord {
   }
 
  private:
-  int64_t output_;
-  bool odd_, valid_;
+  char* to_;
+  int tokens_;  // from this lane's on, in y
   float bias_[2 * kTiles];
 };
+
+// The sum of what members of a cluster have pushed to `from`, `stride` bytes apart, in their order,
+// so that it depends neither on timing nor on who adds.
+__device__ __forceinline__ float4 SumOfParts(uint32_t from, uint32_t stride, unsigned members) {
+  float4 parts[kMaxCluster];
+#pragma unroll
+  for (int r = 0; r < kMaxCluster; ++r) {
+    if (r < members) parts[r] = LoadSharedFour(from + r * stride);
+  }
+#pragma unroll
+  for (int r = 1; r < kMaxCluster; ++r) {
+    if (r < members) Add(parts[0], parts[r]);
+  }
+  return parts[0];
+}
 
 // Sums a tile of float32 partial results over the cluster (`splits` CTAs, in rank order, so that
 // the bits never depend on timing) and finishes it; or writes it to the workspace for FinishSplits.

@@ -15,11 +15,13 @@ constexpr int MostInboxUnits(int chunks) {
   return most;
 }
 
-// More in flight than memory needs (40 KB a processor) would only delay what is needed first: it
-// answers in no order.
 template <int kTokens>
-struct FewTile : TmaPipeline<kTokens, 2, 2, 128, 4> {
-  using Pipeline = TmaPipeline<kTokens, 2, 2, 128, 4>;
+struct FewTile : TmaPipeline<kTokens, 2, 2, 128, 6> {
+  using Pipeline = TmaPipeline<kTokens, 2, 2, 128, 6>;
+  // Stages on their way at a time. More than memory needs (40 KB a processor) would only delay what
+  // is needed first: it answers in no order.
+  static constexpr int kInFlight = 3;
+  static_assert(kInFlight < Pipeline::kStages);
   // Teams of eight warps take turns at the stages. Each stage is always the same team's: a team
   // that runs ahead would take a stage of the other's that is not full yet for one of its own.
   static constexpr int kTeams = 2;

@@ -68,6 +68,9 @@ template <int kTokens, int kTiles, int kElementBytes>
 constexpr int kMostTmaStages =
     (kTokens <= 64 || kTokens * kTiles <= 96) && kElementBytes == 2 ? 6 : 16;
 
+// Bytes for each of two CTAs of a processor, which keeps 1 KB of its 228 for each.
+constexpr int kMostSharedOfTwo = (228 / 2 - 1) * 1024;
+
 // A tile of the wgmma kernel.
 template <int kTokens, int kTiles, int kElementBytes>
 struct TmaTile : TmaPipeline<kTokens, kTiles, kElementBytes, kElementBytes == 1 ? 128 : 64,
@@ -79,14 +82,26 @@ struct TmaTile : TmaPipeline<kTokens, kTiles, kElementBytes, kElementBytes == 1 
   static constexpr bool kMoveRegisters = kTokens * kTiles >= (Pipeline::kCodes ? 96 : 256);
   static constexpr int kThreads = 32 * (kConsumerWarps + (kMoveRegisters ? 4 : 1));
   static constexpr int kCtas = !Pipeline::kCodes && kTokens * kTiles <= 96 ? 2 : 1;  // a processor
-  static constexpr int kInboxBarrierAt = Pipeline::kPipelineBytes;
-  static constexpr int kSharedBytes = kInboxBarrierAt + 16 + Pipeline::kAlignment;
+  static constexpr bool kStreams = !Pipeline::kCodes && kCtas == 1;  // can share tiles: stream_*
+  static constexpr bool kFewRegisters =
+      (kCtas > 1 && kTokens * kTiles > 64) || (Pipeline::kCodes && kTokens * kTiles == 128);
+  // Takes tile after tile; where registers are few, not what has two CTAs a processor anyway.
+  static constexpr bool kPersistent = kCtas == 1 || !kFewRegisters;
 
-  // Sums to exchange take the place of the drained pipeline. A unit is what a warp has of eight
-  // tokens, and each member of a cluster has room for as many of every member.
+  // Sums to exchange: a unit is what a warp has of eight tokens, and each member of a cluster has
+  // room for as many of every member. Where there is room beside the pipeline nobody has to wait
+  // for the others before it sends; else they take the place of the drained pipeline.
   static constexpr int kUnits = kTokens / 8 * kConsumerWarps;
   static constexpr int kUnitBytes = kTiles * Pipeline::kSlotBytes;
-  static_assert((kUnits + kMaxCluster - 1) * kUnitBytes <= Pipeline::kBarriersAt);
+  static constexpr int kInboxBytes = (kUnits + kMaxCluster - 1) * kUnitBytes;
+  static constexpr int kInboxBarrierAt = Pipeline::kPipelineBytes;
+  static constexpr int kApartAt = kInboxBarrierAt + 16;
+  static constexpr bool kInboxApart =
+      kCtas == 2 && kApartAt + kInboxBytes + Pipeline::kAlignment <= kMostSharedOfTwo;
+  static constexpr int kInboxAt = kInboxApart ? kApartAt : 0;
+  static constexpr int kSharedBytes =
+      kApartAt + (kInboxApart ? kInboxBytes : 0) + Pipeline::kAlignment;
+  static_assert(kInboxApart || kInboxBytes <= Pipeline::kBarriersAt);
 
   // Sums of a whole tile, left by another CTA, come through the pipeline in the place of x.
   static constexpr int kPartBytes = kTokens * Pipeline::kOutputs * 4;
@@ -94,7 +109,7 @@ struct TmaTile : TmaPipeline<kTokens, kTiles, kElementBytes, kElementBytes == 1 
       Pipeline::kXBytes / (Pipeline::kTeamWarps * Pipeline::kSlotBytes);
   static constexpr int kPartStageBytes = kPartFours * Pipeline::kTeamWarps * Pipeline::kSlotBytes;
   static constexpr int kPartStages = kPartBytes / kPartStageBytes;
-  static_assert(Pipeline::kCodes || kPartStages * kPartStageBytes == kPartBytes);
+  static_assert(!kStreams || kPartStages * kPartStageBytes == kPartBytes);
 
   // With codes some stages have sums of x over chunks in place of x, and the scales and zero points
   // that go with them in place of words.

@@ -79,7 +79,8 @@ __device__ __forceinline__ void Produce(const FewParams& params, const Share& sh
   }
   __syncwarp();
   NamedBarrierArrive<kBarriersReady, Tile::kThreads>();
-  const int begun = min(Tile::kStages, share.count);
+  if (p.cluster) ClusterArriveRelaxed();  // the fence above is release enough for barriers
+  const int begun = min(Tile::kInFlight, share.count);
 #pragma unroll 1
   for (int i = 0; i < begun; ++i) {
     if (ElectOne()) {
@@ -94,10 +95,13 @@ __device__ __forceinline__ void Produce(const FewParams& params, const Share& sh
       if (ElectOne()) copy_x(i, i);
     }
   }
-  StageCounter<Tile::kStages> at;
+  StageCounter<Tile::kStages> at, arriving;
+  at.stage = begun;
 #pragma unroll 1
   for (int i = begun; i < share.count; ++i) {
-    BarrierWait(Tile::Empty(shared, at.stage), at.phase);
+    BarrierWait(Tile::Full(shared, arriving.stage), arriving.phase);
+    arriving.Advance();
+    BarrierWait(Tile::Empty(shared, at.stage), at.phase ^ 1);
     if (ElectOne()) {
       copy_weight(at.stage, i);
       copy_x(at.stage, i);
@@ -129,21 +133,41 @@ __global__ void __launch_bounds__(FewTile<kTokens>::kThreads, 1)
 
   MmaConsumer<T, S, kTokens> consumer(shared, p.buffers.weight.group_shift,
                                       p.buffers.weight.qzeros != nullptr);
-  const EpilogueParams plain = MakeEpilogue(p, blockIdx.z);
-  NamedBarrierSync<kBarriersReady, Tile::kThreads>();
-  // Whoever comes out of the wait below knows that the barriers of all members are set up; the
-  // fence of the one that did it is release enough.
-  if (p.cluster) ClusterArriveRelaxed();
+  const int lane = threadIdx.x % 32;
+  const int t = lane % 4;
+  const int m = static_cast<int>(p.m);
+  // The first weight is long in coming: until then all is done that does not need it.
+  EpilogueParams epilogue = MakeEpilogue(p, blockIdx.z);
   if (p.buffers.overlap) WaitForKernelBefore();  // which writes the scales of rows
-  const RowScales<kTokens> row_scales(plain, 0);
+  const RowScales<kTokens> row_scales(epilogue, 0);
+  if (epilogue.partials) epilogue.WriteOnly(split * p.batch * p.size());
+  const HalfWord<2> half(epilogue,
+                         static_cast<int64_t>(blockIdx.y) * Tile::kOutputs + 8 * consumer.lane.word,
+                         0, 2 * t + HalfWord<2>::HasOdd());
+  // Chunks are dealt out to the members, and what others have of one comes to the inbox of its
+  // owner, who adds in the order of members.
+  const unsigned chunk = warp % Tile::kTeamWarps;
+  const unsigned members = p.cluster ? p.splits : 1;
+  const unsigned rank = p.cluster ? split : 0;
+  unsigned owner = chunk, round = 0;
+  while (owner >= members) owner -= members, ++round;
+  const uint32_t inbox = shared + Tile::kInboxAt + round * members * Tile::kUnitBytes + 16 * lane;
+  NamedBarrierSync<kBarriersReady, Tile::kThreads>();
+  if (p.cluster) {
+    ClusterArriveRelaxed();
+    if (warp == rank && lane == 0) {  // for the first of this member's chunks
+      unsigned own = 0;
+      for (unsigned c = rank; c < Tile::kTeamWarps; c += members) ++own;
+      BarrierArriveExpecting(inbox_barrier, own * (members - 1) * m * 32 * sizeof(float));
+    }
+    __syncwarp();
+    ClusterWait();  // the barriers of all members are set up
+  }
+
   float acc[Tile::kTiles][kTokens / 2];
   consumer.Accumulate(share, acc);
 
   // Vector 2 b + i: the even or the odd outputs of a word, of token 8 b + 2 t + i.
-  const int lane = threadIdx.x % 32;
-  const int g = lane / 4;
-  const int t = lane % 4;
-  const unsigned chunk = warp % Tile::kTeamWarps;
   float4 sums[kVectors];
 #pragma unroll
   for (int q = 0; q < kVectors; ++q) {
@@ -157,7 +181,6 @@ __global__ void __launch_bounds__(FewTile<kTokens>::kThreads, 1)
       StoreSharedFour(team_slot + q * Tile::kSlotBytes, sums[q]);
     }
     NamedBarrierArrive<kTeamSumsReady, Tile::kConsumers>();
-    if (p.cluster) ClusterWait();
     return;
   }
   NamedBarrierSync<kTeamSumsReady, Tile::kConsumers>();
@@ -166,58 +189,30 @@ __global__ void __launch_bounds__(FewTile<kTokens>::kThreads, 1)
     Add(sums[q], LoadSharedFour(team_slot + q * Tile::kSlotBytes));
   }
 
-  const int m = static_cast<int>(p.m);
-  if (p.cluster) {
-    // Chunks are dealt out to the members, and what others have of one comes to the inbox of its
-    // owner, who adds in the order of members.
-    const unsigned members = p.splits;
-    unsigned owner = chunk, round = 0;
-    while (owner >= members) owner -= members, ++round;
-    const uint32_t inbox = shared + Tile::kInboxAt + round * members * Tile::kUnitBytes + 16 * lane;
-    ClusterWait();
-    if (owner != split) {
-      const uint32_t to = MapToRank(inbox + split * Tile::kUnitBytes, owner);
-      const uint32_t barrier = MapToRank(inbox_barrier, owner);
+  if (owner != rank) {
+    const uint32_t to = MapToRank(inbox + rank * Tile::kUnitBytes, owner);
+    const uint32_t barrier = MapToRank(inbox_barrier, owner);
 #pragma unroll
-      for (int q = 0; q < kVectors; ++q) {
-        if (q / 2 * 8 + 2 * t + q % 2 < m) {
-          StoreClusterSharedAsync(to + q * Tile::kSlotBytes, sums[q], barrier);
-        }
+    for (int q = 0; q < kVectors; ++q) {
+      if (q / 2 * 8 + 2 * t + q % 2 < m) {
+        StoreClusterSharedAsync(to + q * Tile::kSlotBytes, sums[q], barrier);
       }
-      return;
     }
-    if (chunk == split && lane == 0) {  // the first of this member's chunks
-      unsigned own = 0;
-      for (unsigned c = split; c < Tile::kTeamWarps; c += members) ++own;
-      BarrierArriveExpecting(inbox_barrier, own * (members - 1) * m * 32 * sizeof(float));
+    return;
+  }
+  if (members > 1) {
+#pragma unroll
+    for (int q = 0; q < kVectors; ++q) {
+      StoreSharedFour(inbox + rank * Tile::kUnitBytes + q * Tile::kSlotBytes, sums[q]);
     }
     BarrierWait(inbox_barrier, 0);
-    float4 own_sums[kVectors];
 #pragma unroll
-    for (int q = 0; q < kVectors; ++q) own_sums[q] = sums[q];
-#pragma unroll
-    for (int member = 0; member < kMaxCluster; ++member) {
-      if (member >= members) break;
-#pragma unroll
-      for (int q = 0; q < kVectors; ++q) {
-        const float4 part =
-            member == split
-                ? own_sums[q]
-                : LoadSharedFour(inbox + member * Tile::kUnitBytes + q * Tile::kSlotBytes);
-        if (member == 0) {
-          sums[q] = part;
-        } else {
-          Add(sums[q], part);
-        }
-      }
+    for (int q = 0; q < kVectors; ++q) {
+      if (q / 2 * 8 + q % 2 >= m) continue;
+      sums[q] = SumOfParts(inbox + q * Tile::kSlotBytes, Tile::kUnitBytes, members);
     }
   }
 
-  EpilogueParams epilogue = plain;
-  if (epilogue.partials) epilogue.WriteOnly(split * p.batch * p.size());
-  const int odd = g % 2;
-  const HalfWord<2> half(
-      epilogue, static_cast<int64_t>(blockIdx.y) * Tile::kOutputs + 8 * consumer.lane.word, 0, odd);
 #pragma unroll
   for (int b = 0; b < kTokens / 8; ++b) {
     if (8 * b >= m) break;
@@ -228,7 +223,7 @@ __global__ void __launch_bounds__(FewTile<kTokens>::kThreads, 1)
       row_scales.Multiply(b, v[0]);
       row_scales.Multiply(b, v[1]);
     }
-    half.Store<true>(epilogue, v, 8 * b + 2 * t + odd);
+    half.template Store<true>(epilogue, v, b);
   }
 #endif
 }

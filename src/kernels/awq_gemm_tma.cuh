@@ -69,13 +69,41 @@ template <typename T, typename S, int kTokens, int kTiles>
 using TmaConsumer = std::conditional_t<sizeof(T) == 1, CodesConsumer<T, kTokens, kTiles>,
                                        WgmmaConsumer<T, S, kTokens, kTiles>>;
 
+// What a warp finishes of a tile: with an exchange (`blocks` > 0) every eighth of the units that
+// are dealt out to this member of the cluster, without one what it has computed itself.
+template <typename Tile>
+struct TmaShareOfTile {
+  static constexpr int kTiles = Tile::kTiles;
+  using Lane = TmaLane<Tile>;
+
+  TmaShareOfTile() = default;
+  __device__ __forceinline__ TmaShareOfTile(const EpilogueParams& epilogue, unsigned blocks,
+                                            unsigned members, unsigned rank, int warp,
+                                            int64_t output0, int64_t token0) {
+    constexpr int kWarps = Tile::kTeamWarps;
+    unsigned first = warp;
+    if (blocks > 0) {
+      deal = Deal(blocks * kWarps, members, rank);
+      first += rank * deal.per;
+    }
+    first_block = first / kWarps;
+    const int of_warp = first % kWarps;  // whose lanes had the sums: those of all warps are alike
+    half = HalfWord<kTiles>(
+        epilogue, output0 + 8 * Lane::Word(of_warp), Lane::Byte(of_warp),
+        token0 + 8 * first_block + threadIdx.x % 4 * 2 + HalfWord<kTiles>::HasOdd());
+  }
+
+  Deal deal;
+  unsigned first_block;
+  HalfWord<kTiles> half;  // of that block
+};
+
 template <typename T, typename S, int kTokens, int kTiles>
 __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
                                   TmaTile<kTokens, kTiles, sizeof(T)>::kCtas)
     AwqGemmTmaKernel(const __grid_constant__ AwqGemmTmaParams params) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Tile = TmaTile<kTokens, kTiles, sizeof(T)>;
-  using Lane = TmaLane<Tile>;
   using Consumer = TmaConsumer<T, S, kTokens, kTiles>;
   const AwqGemmParams& p = params.p;
   extern __shared__ char unaligned[];
@@ -111,7 +139,9 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
   } else if (warp < Tile::kConsumerWarps) {
     NamedBarrierSync<kTmaBarriersReady, 32 * (Tile::kConsumerWarps + 1)>();
   }
-  if (members > 1) {  // the fence above is release enough for barriers
+  // The fence above is release enough for barriers.
+  if (Tile::kInboxApart && p.cluster) ClusterArriveRelaxed();
+  if (members > 1) {
     ClusterArriveRelaxed();
     ClusterWait();
   }
@@ -207,7 +237,7 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
         __syncwarp();
         at.Advance();
       }
-      if constexpr (!Tile::kCodes) {  // what others have left of this tile
+      if constexpr (Tile::kStreams) {  // what others have left of this tile
         if (work.parts > 0) WaitForKernelBefore();
         for (int part = 1; part <= work.parts; ++part) {
           const char* from = params.parts.template Of<Tile>(blockIdx.x - part);
@@ -233,8 +263,6 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
 
   if constexpr (Tile::kMoveRegisters) AcquireRegisters<232>();
   const int lane = threadIdx.x % 32;
-  const int g = lane / 4;
-  const int t = lane % 4;
   Consumer consumer = [&] {
     if constexpr (Tile::kCodes) {
       return Consumer(shared, group_shift, has_zeros, p.scales_are_bf16, p.cluster ? split : 0,
@@ -251,24 +279,35 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
     order.Find(work.tile, &batch, &row, &column);
     const RowScales<kTokens> row_scales(MakeEpilogue(p, batch),
                                         static_cast<int64_t>(row) * kTokens);
+    const unsigned parts = p.cluster ? p.splits : 1;
+    const unsigned rank = p.cluster ? split : 0;
+    // Known before the sums are, so that nobody has to wait for it behind them, if registers allow.
+    EpilogueParams epilogue;
+    TmaShareOfTile<Tile> own;
+    const auto find_own = [&] {
+      epilogue = MakeEpilogue(p, batch);
+      if (epilogue.partials) epilogue.WriteOnly(split * p.batch * p.size());
+      own = TmaShareOfTile<Tile>(epilogue, params.exchange ? blocks_of(row) : 0, parts, rank, warp,
+                                 (static_cast<int64_t>(column) * members + member) * Tile::kOutputs,
+                                 static_cast<int64_t>(row) * kTokens);
+    };
+    if constexpr (!Tile::kFewRegisters) find_own();
+    if (Tile::kInboxApart && p.cluster && threadIdx.x == 0) {
+      BarrierArriveExpecting(inbox_barrier, own.deal.own * (parts - 1) * Tile::kUnitBytes);
+    }
 
     float acc[kTiles][kTokens / 2];
     __builtin_assume(work.share.count > 0);  // or ptxas serializes what follows
     consumer.Accumulate(work.share, acc);
 
-    EpilogueParams epilogue = MakeEpilogue(p, batch);
-    if (epilogue.partials) epilogue.WriteOnly(split * p.batch * p.size());
-    const unsigned blocks = blocks_of(row);
-    if constexpr (!Tile::kCodes) {
+    if constexpr (Tile::kStreams) {
       if (work.leaves) {
-        WaitForKernelBefore();  // which clears the flags
+        WaitForKernelBefore();  // which clears the counts
         params.parts.template Leave<Tile>(blockIdx.x, warp, acc);
         continue;
       }
       for (int part = 0; part < work.parts; ++part) consumer.AddPart(acc);
     }
-    const int64_t output0 = (static_cast<int64_t>(column) * members + member) * Tile::kOutputs;
-    const int64_t token = static_cast<int64_t>(row) * kTokens + 2 * t + g % 2;
     if (!params.exchange) {
       if (p.buffers.row_scale) {
 #pragma unroll
@@ -277,8 +316,7 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
           for (int b = 0; b < kTokens / 8; ++b) row_scales.Multiply(b, acc[j] + 4 * b);
         }
       }
-      const HalfWord<kTiles> half(epilogue, output0 + 8 * consumer.lane.word, consumer.lane.byte,
-                                  g % 2);
+      if constexpr (Tile::kFewRegisters) find_own();
 #pragma unroll
       for (int b = 0; b < kTokens / 8; ++b) {
         float v[kTiles][4];
@@ -287,33 +325,34 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
 #pragma unroll
           for (int i = 0; i < 4; ++i) v[j][i] = acc[j][4 * b + i];
         }
-        half.template Store<false>(epilogue, v, token + 8 * b);
+        own.half.template Store<false>(epilogue, v, b);
       }
-      continue;
+      if constexpr (Tile::kPersistent) continue;
+      return;
     }
 
-    // The units of a tile are dealt out to the members of the cluster. Each pushes what it has of
-    // the others' into their inboxes, and adds what came into its own in the order of members.
-    const unsigned parts = p.cluster ? p.splits : 1;
-    const unsigned rank = p.cluster ? split : 0;
-    const Deal deal(blocks * Tile::kTeamWarps, parts, rank);
-    const uint32_t inbox = shared + 16 * lane;
-    if (p.cluster) {  // the inbox takes the place of the pipeline, which all have to be done with
-      ClusterArriveRelaxed();
+    // Each member pushes what it has of the others' units into their inboxes, and adds what came
+    // into its own in the order of members.
+    if constexpr (Tile::kFewRegisters)
+      own.deal = Deal(blocks_of(row) * Tile::kTeamWarps, parts, rank);
+    const uint32_t inbox = shared + Tile::kInboxAt + 16 * lane;
+    if (p.cluster) {
+      if (!Tile::kInboxApart) ClusterArriveRelaxed();  // this pipeline is drained
       ClusterWait();
-      if (threadIdx.x == 0) {
-        BarrierArriveExpecting(inbox_barrier, deal.own * (parts - 1) * Tile::kUnitBytes);
+      if (!Tile::kInboxApart && threadIdx.x == 0) {
+        BarrierArriveExpecting(inbox_barrier, own.deal.own * (parts - 1) * Tile::kUnitBytes);
       }
     } else {
       NamedBarrierSync<kTmaConsumers, 32 * Tile::kConsumerWarps>();
     }
     unsigned owner = 0, owners_first = 0;
+    const unsigned blocks = blocks_of(row);
 #pragma unroll
     for (int b = 0; b < kTokens / 8; ++b) {
       if (b >= blocks) break;
       const unsigned unit = b * Tile::kTeamWarps + warp;
-      while (unit >= owners_first + deal.per) ++owner, owners_first += deal.per;
-      const uint32_t to = inbox + (rank * deal.per + unit - owners_first) * Tile::kUnitBytes;
+      while (unit >= owners_first + own.deal.per) ++owner, owners_first += own.deal.per;
+      const uint32_t to = inbox + (rank * own.deal.per + unit - owners_first) * Tile::kUnitBytes;
       const uint32_t remote = MapToRank(to, owner);
       const uint32_t barrier = MapToRank(inbox_barrier, owner);
 #pragma unroll
@@ -327,33 +366,20 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
         }
       }
     }
+    if constexpr (Tile::kFewRegisters) find_own();
     NamedBarrierSync<kTmaConsumers, 32 * Tile::kConsumerWarps>();
     if (p.cluster) BarrierWait(inbox_barrier, 0);
 #pragma unroll 1
-    for (unsigned i = warp; i < deal.own; i += Tile::kConsumerWarps) {
+    for (unsigned n = 0, i = warp; i < own.deal.own; ++n, i += Tile::kConsumerWarps) {
       float v[kTiles][4];
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
-        float4 sum = LoadSharedFour(inbox + i * Tile::kUnitBytes + j * Tile::kSlotBytes);
-#pragma unroll
-        for (int r = 1; r < kMaxCluster; ++r) {
-          if (r >= parts) break;
-          Add(sum,
-              LoadSharedFour(inbox + (r * deal.per + i) * Tile::kUnitBytes + j * Tile::kSlotBytes));
-        }
+        const float4 sum = SumOfParts(inbox + i * Tile::kUnitBytes + j * Tile::kSlotBytes,
+                                      own.deal.per * Tile::kUnitBytes, parts);
         v[j][0] = sum.x, v[j][1] = sum.y, v[j][2] = sum.z, v[j][3] = sum.w;
+        if (p.buffers.row_scale) row_scales.MultiplyAny(own.first_block + n, v[j]);
       }
-      const unsigned unit = rank * deal.per + i;
-      const int of_warp = unit % Tile::kTeamWarps;
-      const unsigned block = unit / Tile::kTeamWarps;
-      if (p.buffers.row_scale) {
-#pragma unroll
-        for (int j = 0; j < kTiles; ++j) row_scales.Multiply(block, v[j]);
-      }
-      // Whatever warp it came from: lanes are alike.
-      const HalfWord<kTiles> half(epilogue, output0 + 8 * Lane::Word(of_warp), Lane::Byte(of_warp),
-                                  g % 2);
-      half.template Store<true>(epilogue, v, token + 8 * block);
+      own.half.template Store<true>(epilogue, v, n);
     }
     if (members > 1) {  // nobody leaves while others arrive at its barriers
       ClusterArriveRelaxed();
@@ -417,7 +443,7 @@ cudaError_t LaunchTmaTile(const AwqGemmPlan& plan, const AwqGemmParams& p, cudaS
 
   const int64_t tiles =
       (p.m + kTokens - 1) / kTokens * ((columns + params.members - 1) / params.members) * p.batch;
-  const bool persistent = p.splits == 1 && !params.exchange;
+  const bool persistent = Tile::kPersistent && p.splits == 1 && !params.exchange;
   const int64_t resident = plan.resident_ctas / params.members;
   const int64_t groups = plan.stream_k ? resident : persistent ? std::min(tiles, resident) : tiles;
   params.schedule =
