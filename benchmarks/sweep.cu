@@ -1,5 +1,5 @@
 // Times every variant and split of awq_gemm over many shapes without JAX, for the heuristics of
-// src/kernels/awq_gemm_plan.cc: CUDA graphs over distinct weights that exceed the L2 together.
+// src/kernels/awq_gemm_cost.cc: CUDA graphs over distinct weights that exceed the L2 together.
 //
 //     nvcc -O3 -std=c++17 -Isrc -gencode=arch=compute_90a,code=sm_90a benchmarks/sweep.cu
 //         src/kernels/*.cu src/kernels/*.cc -o sweep

@@ -76,7 +76,7 @@ class WgmmaConsumer {
     WgmmaWait<0>();
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) PinRegisters(acc[j]);
-    if (share.count > 0) Release(at_.Previous());
+    Release(at_.Previous());
   }
 
   // Adds what another CTA has left of the same tile.

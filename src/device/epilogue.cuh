@@ -47,14 +47,23 @@ __device__ __forceinline__ uint32_t PackPair(float a, float b, DType dtype) {
   return reinterpret_cast<const uint32_t&>(h);
 }
 
-// Rounds eight values and stores them; `p` is aligned to their size.
-__device__ __forceinline__ void StoreEight(void* p, const float (&v)[8], DType dtype) {
+// Rounds four or eight values and stores them; `p` is aligned to their size.
+template <int kCount>
+__device__ __forceinline__ void StoreRounded(void* p, const float* v, DType dtype) {
+  static_assert(kCount == 4 || kCount == 8);
   if (dtype == DType::kF32) {
-    static_cast<float4*>(p)[0] = make_float4(v[0], v[1], v[2], v[3]);
-    static_cast<float4*>(p)[1] = make_float4(v[4], v[5], v[6], v[7]);
+#pragma unroll
+    for (int i = 0; i < kCount; i += 4) {
+      static_cast<float4*>(p)[i / 4] = make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]);
+    }
+    return;
+  }
+  const uint2 low = make_uint2(PackPair(v[0], v[1], dtype), PackPair(v[2], v[3], dtype));
+  if constexpr (kCount == 4) {
+    *static_cast<uint2*>(p) = low;
   } else {
-    *static_cast<uint4*>(p) = make_uint4(PackPair(v[0], v[1], dtype), PackPair(v[2], v[3], dtype),
-                                         PackPair(v[4], v[5], dtype), PackPair(v[6], v[7], dtype));
+    *static_cast<uint4*>(p) =
+        make_uint4(low.x, low.y, PackPair(v[4], v[5], dtype), PackPair(v[6], v[7], dtype));
   }
 }
 
@@ -132,13 +141,9 @@ __device__ __forceinline__ void FinishFour(const EpilogueParams& p, int64_t toke
   v.y = Finish(p, output + 1, v.y * scale);
   v.z = Finish(p, output + 2, v.z * scale);
   v.w = Finish(p, output + 3, v.w * scale);
-  const int64_t at = token * p.outputs + output;
-  if (p.out_dtype == DType::kF32) {
-    *reinterpret_cast<float4*>(static_cast<float*>(p.y) + at) = v;
-  } else {
-    *reinterpret_cast<uint2*>(static_cast<uint16_t*>(p.y) + at) =
-        make_uint2(PackPair(v.x, v.y, p.out_dtype), PackPair(v.z, v.w, p.out_dtype));
-  }
+  const float values[4] = {v.x, v.y, v.z, v.w};
+  char* to = static_cast<char*>(p.y) + (token * p.outputs + output) * SizeOf(p.out_dtype);
+  StoreRounded<4>(to, values, p.out_dtype);
 }
 
 // The same for a sum over part of the contraction, `partial_offset` into the workspace if there.
@@ -179,7 +184,6 @@ struct ResultTile {
 
 // Which of `units` pieces of a tile each member of a cluster finishes: an equal share.
 struct Deal {
-  Deal() = default;
   __device__ Deal(unsigned units, unsigned members, unsigned rank)
       : per(max((units + members - 1) / members, 1u)),
         own(min(per, units - min(units, rank * per))) {}
@@ -246,47 +250,35 @@ class RowScales {
     for (int i = 1; i < kCount; ++i) own = block / 4 == i ? rows_[i] : own;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float scale = Shuffle(own, block, i);
+      const float scale = __shfl_sync(~0u, own, block % 4 * 8 + threadIdx.x % 4 * 2 + i);
       v[i] *= scale;
       v[i + 2] *= scale;
     }
   }
 
-  // The same where the block is no constant. Chosen among what was shuffled: chosen before, rows_
-  // would be an array in memory.
-  __device__ __forceinline__ void MultiplyAny(unsigned block, float* v) const {
+  // That of a token of the tile, another one for each lane. Chosen among what was shuffled: chosen
+  // before, rows_ would be an array in memory.
+  __device__ __forceinline__ float Of(unsigned token) const {
+    float scale = __shfl_sync(~0u, rows_[0], token % 32);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      float scale = 0.0f;
-#pragma unroll
-      for (int r = 0; r < kCount; ++r) {
-        const float of_row = Shuffle(rows_[r], block, i);
-        scale = block / 4 == r ? of_row : scale;
-      }
-      v[i] *= scale;
-      v[i + 2] *= scale;
+    for (int i = 1; i < kCount; ++i) {
+      const float other = __shfl_sync(~0u, rows_[i], token % 32);
+      scale = token / 32 == i ? other : scale;
     }
+    return scale;
   }
 
  private:
-  // Of token i of the two that this lane has of a block.
-  __device__ static float Shuffle(float own, unsigned block, int i) {
-    return __shfl_sync(~0u, own, block % 4 * 8 + threadIdx.x % 4 * 2 + i);
-  }
-
   static constexpr int kCount = (kTokens + 31) / 32;
   float rows_[kCount];
 };
 
 // Where a lane's results go: the even or the odd ones of a word's eight outputs (kTiles = 2) or of
 // four, for two tokens. It swaps one token for the other half with a neighbour and stores
-// consecutive outputs of the other. All that does not depend on the sums is done by the
-// constructor: behind the loop over K nothing would hide it.
+// consecutive outputs of the other.
 template <int kTiles>
 class HalfWord {
  public:
-  HalfWord() = default;
-
   // Which half this lane has.
   __device__ static bool HasOdd() { return threadIdx.x / 4 % 2; }
 
@@ -307,8 +299,7 @@ class HalfWord {
   }
 
   // v[j][2 * h + i]: output 2 * (2 * j + h) + odd of the word, token i of two, `block` times eight
-  // tokens on. Called by whole warps.
-  template <bool kActivate>
+  // tokens on. Called by whole warps. There is no activation.
   __device__ __forceinline__ void Store(const EpilogueParams& p, const float (&v)[kTiles][4],
                                         int block) const {
     const bool has_odd = HasOdd();
@@ -317,20 +308,6 @@ class HalfWord {
     for (int i = 0; i < 2 * kTiles; ++i) {
       of[0][i] = v[i / 2][i % 2 * 2] + bias_[i];
       of[1][i] = v[i / 2][i % 2 * 2 + 1] + bias_[i];
-    }
-    if (kActivate && __builtin_expect(p.activation != Activation::kNone, 0)) {
-      // One after the other through the same instructions: all activations for every value would
-      // stand between the sums and what stores them.
-#pragma unroll 1
-      for (int n = 0; n < 4 * kTiles; ++n) {
-        const float next = Activate(of[0][0], p.activation);
-#pragma unroll
-        for (int i = 0; i < 4 * kTiles - 1; ++i) {
-          of[i / (2 * kTiles)][i % (2 * kTiles)] =
-              of[(i + 1) / (2 * kTiles)][(i + 1) % (2 * kTiles)];
-        }
-        of[1][2 * kTiles - 1] = next;
-      }
     }
     float mine[2 * kTiles], other[2 * kTiles];
 #pragma unroll
@@ -379,20 +356,103 @@ class HalfWord {
   float bias_[2 * kTiles];
 };
 
-// The sum of what members of a cluster have pushed to `from`, `stride` bytes apart, in their order,
-// so that it depends neither on timing nor on who adds.
-__device__ __forceinline__ float4 SumOfParts(uint32_t from, uint32_t stride, unsigned members) {
-  float4 parts[kMaxCluster];
-#pragma unroll
-  for (int r = 0; r < kMaxCluster; ++r) {
-    if (r < members) parts[r] = LoadSharedFour(from + r * stride);
+// Sums that change hands lie in shared memory in units: two vectors for each lane of a warp of the
+// mma, of all outputs of its words and eight tokens (kTiles = 2), or of half of them and 16.
+template <int kTiles>
+struct SumUnit {
+  static constexpr int kTokens = 16 / kTiles;
+  static constexpr int kVectorBytes = 32 * 16;
+  static constexpr int kBytes = 2 * kVectorBytes;
+
+  // Vector i of the sums acc[j][4 b + 2 h + i] of blocks b of eight tokens, from `block` on: the
+  // even or the odd outputs of a word for token i of two, or of half a word in two blocks.
+  template <int kSums>
+  __device__ static float4 Vector(const float (&acc)[kTiles][kSums], int block, int i) {
+    const float* first = acc[0] + 4 * block + i;
+    const float* second = kTiles == 2 ? acc[1] + 4 * block + i : first + 4;
+    return make_float4(first[0], first[2], second[0], second[2]);
   }
+};
+
+// What a lane finishes of a unit: eight outputs of one token, or four of two that are eight apart.
+template <int kTiles>
+class UnitOutputs {
+  using Unit = SumUnit<kTiles>;
+  static constexpr int kOutputs = 4 * kTiles;
+  static constexpr int kTokens = 2 / kTiles;
+
+ public:
+  UnitOutputs() = default;
+  // `output`: the first that this lane has of its word; `token0`: the first of the tile.
+  __device__ __forceinline__ UnitOutputs(const EpilogueParams& p, int64_t output, int64_t token0)
+      : valid_(output < p.outputs) {
 #pragma unroll
-  for (int r = 1; r < kMaxCluster; ++r) {
-    if (r < members) Add(parts[0], parts[r]);
+    for (int i = 0; i < kOutputs; ++i) {
+      bias_[i] = p.bias && valid_ ? LoadAsFloat(p.bias, output + i, p.bias_dtype) : 0.0f;
+    }
+    to_ = static_cast<char*>(p.y) + (token0 * p.outputs + output) * SizeOf(p.out_dtype);
+    tokens_ = static_cast<int>(min(p.m - token0, int64_t{INT32_MAX}));
   }
-  return parts[0];
-}
+
+  // Adds `parts` that lie `stride` bytes apart from `unit` on, in their order, so that a sum
+  // depends neither on timing nor on who adds, and finishes and stores them. `token`: of the tile,
+  // the unit's first. Called by whole warps.
+  template <typename Scales>
+  __device__ __forceinline__ void Finish(const EpilogueParams& p, uint32_t unit, unsigned parts,
+                                         unsigned token, const Scales& row_scales) const {
+    const unsigned lane = threadIdx.x % 32;
+    // Those with the even outputs of this lane's word and tokens; 64 bytes on are the odd ones.
+    const uint32_t from = unit + lane % 2 * Unit::kVectorBytes + (lane / 8 * 8 + lane % 8 / 2) * 16;
+    float4 evens[kMaxCluster], odds[kMaxCluster];
+#pragma unroll
+    for (int r = 0; r < kMaxCluster; ++r) {
+      if (r >= parts) continue;
+      evens[r] = LoadSharedFour(from + r * Unit::kBytes);
+      odds[r] = LoadSharedFour(from + r * Unit::kBytes + 64);
+    }
+    float4 &even = evens[0], &odd = odds[0];
+#pragma unroll
+    for (int r = 1; r < kMaxCluster; ++r) {
+      if (r < parts) Add(even, evens[r]), Add(odd, odds[r]);
+    }
+    float v[8] = {even.x, odd.x, even.y, odd.y, even.z, odd.z, even.w, odd.w};
+    token += lane % 8;
+    if (p.row_scale) {
+#pragma unroll
+      for (int n = 0; n < kTokens; ++n) {
+        const float scale = row_scales.Of(token + 8 * n);
+#pragma unroll
+        for (int i = 0; i < kOutputs; ++i) v[n * kOutputs + i] *= scale;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] += bias_[i % kOutputs];
+    if (__builtin_expect(p.activation != Activation::kNone, 0)) {
+      // One after the other through the same instructions: eight copies of all activations would
+      // stand between the sums and what stores them.
+#pragma unroll 1
+      for (int n = 0; n < 8; ++n) {
+        const float next = Activate(v[0], p.activation);
+#pragma unroll
+        for (int i = 0; i < 7; ++i) v[i] = v[i + 1];
+        v[7] = next;
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kTokens; ++n) {
+      const int at = static_cast<int>(token) + 8 * n;
+      if (!valid_ || at >= tokens_) continue;
+      StoreRounded<kOutputs>(to_ + at * p.outputs * SizeOf(p.out_dtype), v + n * kOutputs,
+                             p.out_dtype);
+    }
+  }
+
+ private:
+  char* to_;
+  int tokens_;  // of the tile, and of those after it
+  bool valid_;
+  float bias_[kOutputs];
+};
 
 // Sums a tile of float32 partial results over the cluster (`splits` CTAs, in rank order, so that
 // the bits never depend on timing) and finishes it; or writes it to the workspace for FinishSplits.

@@ -1,16 +1,17 @@
 // What the parts of the kernel for few tokens agree on, and where their sums meet.
 #pragma once
 
+#include "device/epilogue.cuh"
 #include "device/tma_tile.cuh"
 
 namespace jax_awq {
 
 // Members that share the chunks of a tile: the most chunks that one owns, times all of them.
-constexpr int MostInboxUnits(int chunks) {
+constexpr int MostParts(int chunks) {
   int most = 0;
-  for (int members = 2; members <= kMaxCluster; ++members) {
-    const int units = (chunks + members - 1) / members * members;
-    if (units > most) most = units;
+  for (int members = 1; members <= kMaxCluster; ++members) {
+    const int parts = (chunks + members - 1) / members * members;
+    if (parts > most) most = parts;
   }
   return most;
 }
@@ -30,15 +31,17 @@ struct FewTile : TmaPipeline<kTokens, 2, 2, 128, 6> {
   static constexpr int kConsumers = 32 * kConsumerWarps;
   static constexpr int kThreads = kConsumers + 32;
 
-  // What a warp has of its 32 outputs. Others push theirs while the pipeline still runs, so that
-  // nothing of this shares its memory.
-  static constexpr int kVectors = kTokens / 4;  // of four outputs of a token, that a lane has
-  static constexpr int kUnitBytes = kVectors * Pipeline::kSlotBytes;
+  // Sums of a chunk, 32 outputs. Teams give each other what the other one finishes. Members push
+  // theirs while the pipeline of their owner still runs, so that nothing of it shares this memory.
+  using Unit = SumUnit<2>;
+  static constexpr int kUnits = kTokens / Unit::kTokens;  // of a chunk
+  static_assert(kUnits <= kTeams);                        // one for each team to finish
+  static constexpr int kChunkBytes = kUnits * Unit::kBytes;
   static constexpr int kInboxBarrierAt = Pipeline::kPipelineBytes;
   static constexpr int kTeamSumsAt = kInboxBarrierAt + 16;
-  static constexpr int kInboxAt = kTeamSumsAt + Pipeline::kTeamWarps * kUnitBytes;
+  static constexpr int kInboxAt = kTeamSumsAt + Pipeline::kTeamWarps * kChunkBytes;
   static constexpr int kSharedBytes =
-      kInboxAt + MostInboxUnits(Pipeline::kTeamWarps) * kUnitBytes + Pipeline::kAlignment;
+      kInboxAt + MostParts(Pipeline::kTeamWarps) * kChunkBytes + Pipeline::kAlignment;
   static_assert(kSharedBytes <= 227 * 1024);
 };
 

@@ -227,6 +227,11 @@ __device__ __forceinline__ void CountUp(uint32_t* count) {
   }
 }
 
+// Makes shared memory written by ordinary stores visible to wgmma.
+__device__ __forceinline__ void FenceProxyAsync() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 // Between a warp's accesses to global memory and those of the copy engine (9.7.13.4, fence.proxy).
 __device__ __forceinline__ void FenceProxyAsyncGlobal() {
   asm volatile("fence.proxy.async.global;" ::: "memory");
@@ -307,7 +312,7 @@ __device__ __forceinline__ void CopyBox(uint32_t to, const void* map, int x, int
       : "memory");
 }
 
-// `bytes` bytes of global memory, as many as are a multiple of 16 (9.7.9.25.4.1, cp.async.bulk).
+// Copies from global to shared memory, a multiple of 16 bytes (9.7.9.25.4.1, cp.async.bulk).
 __device__ __forceinline__ void CopyBytes(uint32_t to, const void* from, uint32_t bytes,
                                           uint32_t barrier) {
   asm volatile(

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "device/epilogue.cuh"
 #include "device/ptx.cuh"
 #include "kernels/types.h"
 
@@ -42,9 +43,6 @@ struct TmaPipeline {
   static constexpr int kBarriersAt = kZerosAt + kStages * kZeroBytes;
   static constexpr int kPipelineBytes = kBarriersAt + 16 * kStages;
 
-  // Sums that pass through shared memory: 16 bytes a lane.
-  static constexpr int kSlotBytes = 32 * 16;
-
   __device__ static uint32_t Words(uint32_t shared, int s) {
     return shared + kWordsAt + s * kWordBytes;
   }
@@ -83,17 +81,19 @@ struct TmaTile : TmaPipeline<kTokens, kTiles, kElementBytes, kElementBytes == 1 
   static constexpr int kThreads = 32 * (kConsumerWarps + (kMoveRegisters ? 4 : 1));
   static constexpr int kCtas = !Pipeline::kCodes && kTokens * kTiles <= 96 ? 2 : 1;  // a processor
   static constexpr bool kStreams = !Pipeline::kCodes && kCtas == 1;  // can share tiles: stream_*
-  static constexpr bool kFewRegisters =
-      (kCtas > 1 && kTokens * kTiles > 64) || (Pipeline::kCodes && kTokens * kTiles == 128);
+  static constexpr bool kFewRegisters = kCtas > 1 && kTokens* kTiles > 64;
+  // Whether what every warp finishes is found before the loop over K: with more sums than these the
+  // loop itself takes longer for it.
+  static constexpr bool kTurnsFirst = !Pipeline::kCodes && kTokens * kTiles <= 32;
   // Takes tile after tile; where registers are few, not what has two CTAs a processor anyway.
-  static constexpr bool kPersistent = kCtas == 1 || !kFewRegisters;
+  static constexpr bool kPersistent = !kFewRegisters;
 
-  // Sums to exchange: a unit is what a warp has of eight tokens, and each member of a cluster has
-  // room for as many of every member. Where there is room beside the pipeline nobody has to wait
-  // for the others before it sends; else they take the place of the drained pipeline.
-  static constexpr int kUnits = kTokens / 8 * kConsumerWarps;
-  static constexpr int kUnitBytes = kTiles * Pipeline::kSlotBytes;
-  static constexpr int kInboxBytes = (kUnits + kMaxCluster - 1) * kUnitBytes;
+  // Sums to exchange: each member of a cluster has room for its units of every member. Where that
+  // is beside the pipeline nobody has to wait for the others before it sends; else it takes the
+  // place of the drained pipeline.
+  using Unit = SumUnit<kTiles>;
+  static constexpr int kUnits = kTokens / Unit::kTokens * kConsumerWarps;
+  static constexpr int kInboxBytes = (kUnits + kMaxCluster - 1) * Unit::kBytes;
   static constexpr int kInboxBarrierAt = Pipeline::kPipelineBytes;
   static constexpr int kApartAt = kInboxBarrierAt + 16;
   static constexpr bool kInboxApart =
@@ -106,8 +106,8 @@ struct TmaTile : TmaPipeline<kTokens, kTiles, kElementBytes, kElementBytes == 1 
   // Sums of a whole tile, left by another CTA, come through the pipeline in the place of x.
   static constexpr int kPartBytes = kTokens * Pipeline::kOutputs * 4;
   static constexpr int kPartFours =  // of a lane in a stage
-      Pipeline::kXBytes / (Pipeline::kTeamWarps * Pipeline::kSlotBytes);
-  static constexpr int kPartStageBytes = kPartFours * Pipeline::kTeamWarps * Pipeline::kSlotBytes;
+      Pipeline::kXBytes / (Pipeline::kTeamWarps * Unit::kVectorBytes);
+  static constexpr int kPartStageBytes = kPartFours * Pipeline::kTeamWarps * Unit::kVectorBytes;
   static constexpr int kPartStages = kPartBytes / kPartStageBytes;
   static_assert(!kStreams || kPartStages * kPartStageBytes == kPartBytes);
 

@@ -24,11 +24,6 @@ __device__ __forceinline__ void WgmmaWait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Makes shared memory written by ordinary stores visible to wgmma.
-__device__ __forceinline__ void FenceProxyAsync() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
 // Keeps writes of an accumulator before the first wgmma, and reads behind the last wait: where the
 // compiler moves either between them, ptxas serializes every wgmma (warnings C7514, C7515).
 template <int kSize>

@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads)
                                 static_cast<int>(zero >> shift & 0xf)) *
              scale[c];
     }
-    StoreEight(to + r * q.n * SizeOf(p.out_dtype), v, p.out_dtype);
+    StoreRounded<8>(to + r * q.n * SizeOf(p.out_dtype), v, p.out_dtype);
   }
 }
 

@@ -117,7 +117,6 @@ __global__ void __launch_bounds__(FewTile<kTokens>::kThreads, 1)
     AwqGemmFewKernel(const __grid_constant__ FewParams params) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Tile = FewTile<kTokens>;
-  constexpr int kVectors = Tile::kVectors;
   const AwqGemmParams& p = params.p;
   extern __shared__ char unaligned[];
   const uint32_t shared =
@@ -133,30 +132,31 @@ __global__ void __launch_bounds__(FewTile<kTokens>::kThreads, 1)
 
   MmaConsumer<T, S, kTokens> consumer(shared, p.buffers.weight.group_shift,
                                       p.buffers.weight.qzeros != nullptr);
+  using Unit = typename Tile::Unit;
   const int lane = threadIdx.x % 32;
-  const int t = lane % 4;
   const int m = static_cast<int>(p.m);
   // The first weight is long in coming: until then all is done that does not need it.
   EpilogueParams epilogue = MakeEpilogue(p, blockIdx.z);
   if (p.buffers.overlap) WaitForKernelBefore();  // which writes the scales of rows
   const RowScales<kTokens> row_scales(epilogue, 0);
   if (epilogue.partials) epilogue.WriteOnly(split * p.batch * p.size());
-  const HalfWord<2> half(epilogue,
-                         static_cast<int64_t>(blockIdx.y) * Tile::kOutputs + 8 * consumer.lane.word,
-                         0, 2 * t + HalfWord<2>::HasOdd());
-  // Chunks are dealt out to the members, and what others have of one comes to the inbox of its
-  // owner, who adds in the order of members.
-  const unsigned chunk = warp % Tile::kTeamWarps;
+  const UnitOutputs<2> outputs(
+      epilogue, static_cast<int64_t>(blockIdx.y) * Tile::kOutputs + 8 * consumer.lane.word, 0);
+  // Chunks are dealt out to the members of the cluster. Everyone pushes what he has of one into the
+  // inbox of its owner, who adds in the order of members.
   const unsigned members = p.cluster ? p.splits : 1;
   const unsigned rank = p.cluster ? split : 0;
+  const unsigned chunk = warp % Tile::kTeamWarps;
+  const int team = warp / Tile::kTeamWarps;
   unsigned owner = chunk, round = 0;
   while (owner >= members) owner -= members, ++round;
-  const uint32_t inbox = shared + Tile::kInboxAt + round * members * Tile::kUnitBytes + 16 * lane;
+  const uint32_t inbox =
+      shared + Tile::kInboxAt + (round * Tile::kUnits + team) * members * Unit::kBytes;
   NamedBarrierSync<kBarriersReady, Tile::kThreads>();
   if (p.cluster) {
     ClusterArriveRelaxed();
-    if (warp == rank && lane == 0) {  // for the first of this member's chunks
-      unsigned own = 0;
+    if (warp == rank && lane == 0) {
+      unsigned own = 0;  // chunks
       for (unsigned c = rank; c < Tile::kTeamWarps; c += members) ++own;
       BarrierArriveExpecting(inbox_barrier, own * (members - 1) * m * 32 * sizeof(float));
     }
@@ -167,64 +167,45 @@ __global__ void __launch_bounds__(FewTile<kTokens>::kThreads, 1)
   float acc[Tile::kTiles][kTokens / 2];
   consumer.Accumulate(share, acc);
 
-  // Vector 2 b + i: the even or the odd outputs of a word, of token 8 b + 2 t + i.
-  float4 sums[kVectors];
+  const uint32_t team_sums = shared + Tile::kTeamSumsAt + chunk * Tile::kChunkBytes + 16 * lane;
+  float4 sums[2];  // of this team's unit
 #pragma unroll
-  for (int q = 0; q < kVectors; ++q) {
-    const int i = q / 2 * 4 + q % 2;
-    sums[q] = make_float4(acc[0][i], acc[0][i + 2], acc[1][i], acc[1][i + 2]);
-  }
-  const uint32_t team_slot = shared + Tile::kTeamSumsAt + chunk * Tile::kUnitBytes + 16 * lane;
-  if (warp >= Tile::kTeamWarps) {  // the second team gives its sums to the first
+  for (int b = 0; b < Tile::kUnits; ++b) {
 #pragma unroll
-    for (int q = 0; q < kVectors; ++q) {
-      StoreSharedFour(team_slot + q * Tile::kSlotBytes, sums[q]);
+    for (int i = 0; i < 2; ++i) {
+      const float4 v = Unit::Vector(acc, b, i);
+      if (b == team) {
+        sums[i] = v;
+      } else {
+        StoreSharedFour(team_sums + b * Unit::kBytes + i * Unit::kVectorBytes, v);
+      }
     }
+  }
+  if (team >= Tile::kUnits) {
     NamedBarrierArrive<kTeamSumsReady, Tile::kConsumers>();
     return;
   }
   NamedBarrierSync<kTeamSumsReady, Tile::kConsumers>();
 #pragma unroll
-  for (int q = 0; q < kVectors; ++q) {
-    Add(sums[q], LoadSharedFour(team_slot + q * Tile::kSlotBytes));
+  for (int i = 0; i < 2; ++i) {
+    Add(sums[i], LoadSharedFour(team_sums + team * Unit::kBytes + i * Unit::kVectorBytes));
   }
 
+  const uint32_t to = inbox + rank * Unit::kBytes + 16 * lane;
   if (owner != rank) {
-    const uint32_t to = MapToRank(inbox + rank * Tile::kUnitBytes, owner);
+    const uint32_t remote = MapToRank(to, owner);
     const uint32_t barrier = MapToRank(inbox_barrier, owner);
-#pragma unroll
-    for (int q = 0; q < kVectors; ++q) {
-      if (q / 2 * 8 + 2 * t + q % 2 < m) {
-        StoreClusterSharedAsync(to + q * Tile::kSlotBytes, sums[q], barrier);
-      }
-    }
+    const int token = Unit::kTokens * team + lane % 4 * 2;
+    if (token < m) StoreClusterSharedAsync(remote, sums[0], barrier);
+    if (token + 1 < m) StoreClusterSharedAsync(remote + Unit::kVectorBytes, sums[1], barrier);
     return;
   }
-  if (members > 1) {
-#pragma unroll
-    for (int q = 0; q < kVectors; ++q) {
-      StoreSharedFour(inbox + rank * Tile::kUnitBytes + q * Tile::kSlotBytes, sums[q]);
-    }
-    BarrierWait(inbox_barrier, 0);
-#pragma unroll
-    for (int q = 0; q < kVectors; ++q) {
-      if (q / 2 * 8 + q % 2 >= m) continue;
-      sums[q] = SumOfParts(inbox + q * Tile::kSlotBytes, Tile::kUnitBytes, members);
-    }
-  }
-
-#pragma unroll
-  for (int b = 0; b < kTokens / 8; ++b) {
-    if (8 * b >= m) break;
-    const float4& x = sums[2 * b];
-    const float4& y = sums[2 * b + 1];
-    float v[2][4] = {{x.x, y.x, x.y, y.y}, {x.z, y.z, x.w, y.w}};
-    if (p.buffers.row_scale) {
-      row_scales.Multiply(b, v[0]);
-      row_scales.Multiply(b, v[1]);
-    }
-    half.template Store<true>(epilogue, v, b);
-  }
+  if (Unit::kTokens * team >= m) return;
+  StoreSharedFour(to, sums[0]);
+  StoreSharedFour(to + Unit::kVectorBytes, sums[1]);
+  __syncwarp();
+  if (p.cluster) BarrierWait(inbox_barrier, 0);
+  outputs.Finish(epilogue, inbox, members, Unit::kTokens * team, row_scales);
 #endif
 }
 

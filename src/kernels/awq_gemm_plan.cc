@@ -1,29 +1,17 @@
 // Which kernel runs which problem. Pure host code, so that it can be asked without a GPU.
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <stdexcept>
 
 #include "kernels/awq_gemm.h"
+#include "kernels/awq_gemm_cost.h"
 #include "kernels/planning.h"
 
 namespace jax_awq {
 namespace {
 
 constexpr int kMaxGridYZ = 65535;
-
-struct Variant {
-  const char* name;
-  AwqGemmKernel kernel;
-  int tokens;  // of one tile; 0: no tile
-  int outputs;
-  int depth;        // a split of K is a multiple of this
-  int ctas_per_sm;  // resident at once
-  bool splits;      // can divide the contraction among CTAs
-  double step_us;   // of one CTA for 64 indices of the contraction; 0: not for the cost model
-  const char* (*unsupported)(const AwqGemmProblem&, const Device&);
-};
 
 bool IsCodes(const AwqGemmProblem& p) {
   return p.x_dtype == DType::kS8 || p.x_dtype == DType::kE4M3;
@@ -140,7 +128,7 @@ const char* DequantizeDotUnsupported(const AwqGemmProblem& p, const Device& devi
 }
 
 // In the order in which they are tried.
-constexpr Variant kVariants[] = {
+constexpr AwqGemmVariant kVariants[] = {
     {"decode_8", AwqGemmKernel::kDecode, 8, 128, 32, 3, true, 0, DecodeUnsupported<8>},
     {"decode_16", AwqGemmKernel::kDecode, 16, 128, 32, 2, true, 0, DecodeUnsupported<16>},
     {"few_8x256", AwqGemmKernel::kFew, 8, 256, 128, 1, true, 0.229, FewUnsupported<8>},
@@ -184,15 +172,15 @@ constexpr Variant kVariants[] = {
     {"simt", AwqGemmKernel::kSimt, 32, 64, 32, 4, false, 0, SimtUnsupported},
 };
 
-bool IsStream(const Variant& v) { return v.unsupported == StreamUnsupported; }
+bool IsStream(const AwqGemmVariant& v) { return v.unsupported == StreamUnsupported; }
 
 // Whether the cost model covers it.
-bool IsTma(const Variant& v) {
+bool IsTma(const AwqGemmVariant& v) {
   return v.kernel == AwqGemmKernel::kTma || v.kernel == AwqGemmKernel::kFew;
 }
 
 // Whether a row has the same sums in every such tile of its kernel, and in every place of a tile.
-bool BatchInvariant(const Variant& v) {
+bool BatchInvariant(const AwqGemmVariant& v) {
   switch (v.kernel) {
     case AwqGemmKernel::kTma:  // the kernel for few rows sums groups apart
       return !IsStream(v);
@@ -206,14 +194,14 @@ bool BatchInvariant(const Variant& v) {
   }
 }
 
-const char* Unsupported(const Variant& v, const AwqGemmProblem& p, const Device& device) {
+const char* Unsupported(const AwqGemmVariant& v, const AwqGemmProblem& p, const Device& device) {
   if (const char* why = v.unsupported(p, device)) return why;
   if (p.batch_invariant && !BatchInvariant(v)) return "its sums depend on the number of rows";
   return nullptr;
 }
 
-const Variant* Find(const std::string& name) {
-  for (const Variant& v : kVariants) {
+const AwqGemmVariant* Find(const std::string& name) {
+  for (const AwqGemmVariant& v : kVariants) {
     if (name == v.name) return &v;
   }
   return nullptr;
@@ -223,138 +211,13 @@ bool Runs(const char* name, const AwqGemmProblem& p, const Device& device) {
   return Unsupported(*Find(name), p, device) == nullptr;
 }
 
-// CTA clusters of `size` that run at once: one more would cost a second wave. A cluster lives in
-// one GPC, so that some processors are left over; the counts are those that
-// cudaOccupancyMaxActiveClusters gives on an H200.
-int64_t ResidentClusters(const Device& device, int ctas_per_sm, int size) {
-  constexpr int kSms = 132;
-  constexpr int kClusters[3][kMaxCluster] = {{132, 66, 39, 30, 22, 17, 15, 15},
-                                             {264, 132, 79, 62, 47, 39, 32, 30},
-                                             {396, 198, 124, 92, 69, 62, 47, 45}};
-  if (device.arch < 90) return device.sm_count * ctas_per_sm / size;
-  return kClusters[std::min(ctas_per_sm, 3) - 1][size - 1] * device.sm_count / kSms;
-}
-
-// The constants from here on are fits to an H100 (benchmarks/NOTES.md); the right tile and split
-// follow from them for shapes nobody has timed.
-constexpr double kLaunch = 1.0;
-constexpr double kFill = 2.05;  // until the first step, and after the last
-
-// Microseconds of a step of each of `ctas` at work at once. The clock falls under load, and memory
-// gives less in narrow rows; rows of tiles after the first find the weight in the L2.
-double StepMicroseconds(const AwqGemmProblem& p, const Device& device, const Variant& v,
-                        int64_t ctas, double share = 1.0) {
-  constexpr double kPower = 0.142;
-  const double rate = v.outputs == 256 ? 3.03e6 : 2.44e6;  // bytes a microsecond
-  const double busy = std::min(1.0, static_cast<double>(ctas) / device.sm_count);
-  const double us = v.step_us * (1.0 + kPower * std::max(0.0, busy - 0.5)) * share;
-  return p.m > v.tokens ? us : std::max(us, ctas * v.outputs * 33.3 / rate);
-}
-
-// Microseconds of storing the tiles of all processors at once, before their next ones.
-double StoreMicroseconds(const Variant& v) {
-  constexpr double kElements = 10.1e3;  // a microsecond, of a tile
-  return v.tokens * v.outputs / kElements;
-}
-
-int64_t Tiles(const AwqGemmProblem& p, const Variant& v) {
-  return CeilDiv(p.m, v.tokens) * CeilDiv(p.outputs(), v.outputs) * p.batch;
-}
-
-// Microseconds that a TMA variant takes, to compare them: what does not depend on the work, the
-// steps of the busiest processor, and for splits the sums that members of a cluster write to each
-// other.
-double TmaMicroseconds(const AwqGemmProblem& p, const Device& device, const Variant& v, int split) {
-  constexpr double kRemoteBytes = 25.8e3;  // a microsecond, that a processor writes to others
-  const bool few = v.kernel == AwqGemmKernel::kFew;
-  const double fill = few ? 0.74 : kFill;
-  const double first_exchange = few ? 1.73 : 0.04;
-  const int64_t tiles = Tiles(p, v);
-  const bool alone = tiles <= ResidentClusters(device, 1, split);
-  const int64_t waves = alone ? 1 : CeilDiv(tiles, ResidentClusters(device, v.ctas_per_sm, split));
-  const bool shared = !alone && v.ctas_per_sm > 1;
-  // How much longer steps of two CTAs on a processor take, more where they do little but multiply.
-  const bool multiply = p.m > v.tokens || (v.tokens > 48 && split == 1);
-  const double share = !shared ? 1.0 : multiply ? 1.9 : 1.6;
-  const int64_t steps = CeilDiv(CeilDiv(p.contraction(), v.depth), split) * (v.depth / 64);
-  const int64_t ctas =
-      waves > 1 ? ResidentClusters(device, v.ctas_per_sm, split) * split : tiles * split;
-  const double step_us = StepMicroseconds(p, device, v, ctas, share);
-  // Without splits the next tile's copies begin while this one's results are stored, but all
-  // processors store at once.
-  if (split == 1) {
-    return kLaunch + fill + waves * steps * step_us + (waves - 1) * StoreMicroseconds(v);
-  }
-  const double tile_bytes = 4.0 * std::min<int64_t>(p.m, v.tokens) * v.outputs * (1 + shared);
-  const double exchange = first_exchange + tile_bytes * (split - 1) / split / kRemoteBytes;
-  return kLaunch + waves * (fill + steps * step_us + exchange);
-}
-
-// How stream_k divides the tiles.
-struct StreamShares {
-  StreamShares(const AwqGemmProblem& p, const Device& device, const Variant& v)
-      : ctas(device.sm_count * v.ctas_per_sm),
-        whole(WholeTiles(Tiles(p, v), ctas)),
-        shared(Tiles(p, v) - whole),
-        tile_bytes(int64_t{4} * v.tokens * v.outputs) {}
-
-  int64_t ctas;
-  int64_t whole;   // tiles that a CTA computes alone
-  int64_t shared;  // the others
-  int64_t tile_bytes;
-  // A CTA leaves sums of one tile at most, and a count.
-  int64_t workspace_bytes() const { return shared == 0 ? 0 : ctas * (tile_bytes + 4); }
-};
-
-// Of shares that begin anywhere in K, each step reads other rows of x and of the weight, and what
-// does not fit the L2 comes from memory again. All tiles of a row need x, so that it stays first.
-double SharedStepMicroseconds(const AwqGemmProblem& p, const Device& device, const Variant& v,
-                              const StreamShares& stream) {
-  constexpr int64_t kRaster = 8;          // rows of tiles that go together, as in TmaTileOrder
-  constexpr double kCacheBytes = 25e6;    // of an L2 of 50 MB
-  constexpr double kMemoryBytes = 3.1e6;  // a microsecond
-  const int64_t tiles = std::min(stream.shared, 2 * stream.ctas);  // of one time
-  const int64_t all_rows = CeilDiv(p.m, v.tokens);
-  const int64_t columns =
-      std::min(CeilDiv(tiles, std::min(all_rows, kRaster)), CeilDiv(p.outputs(), v.outputs));
-  const int64_t rows = std::min(CeilDiv(tiles, columns), all_rows);
-  const double x_bytes = 2.0 * v.tokens;                       // for an index of K and a tile
-  const double weight_bytes = rows > 1 ? 0.5 * v.outputs : 0;  // read once otherwise
-  auto missed = [&](double bytes) {
-    return std::max(0.0, 1.0 - kCacheBytes / (bytes * p.contraction()));
-  };
-  const double missed_bytes = missed(rows * x_bytes) * x_bytes +
-                              missed(rows * x_bytes + columns * weight_bytes) * weight_bytes;
-  const double read_us = stream.ctas * 64 * missed_bytes / kMemoryBytes;
-  // The two hide each other in part.
-  return std::cbrt(std::pow(StepMicroseconds(p, device, v, stream.ctas), 3) + std::pow(read_us, 3));
-}
-
-double StreamMicroseconds(const AwqGemmProblem& p, const Device& device, const Variant& v) {
-  constexpr double kClear = 2.8;       // the launch that clears counts
-  constexpr double kPartBytes = 98e3;  // a microsecond and processor, written or read
-  const StreamShares stream(p, device, v);
-  const int64_t steps = CeilDiv(p.contraction(), v.depth);
-  const double whole_us =
-      steps * StepMicroseconds(p, device, v, stream.ctas) + StoreMicroseconds(v);
-  const double us = kLaunch + kFill + stream.whole / stream.ctas * whole_us;
-  if (stream.shared == 0) return us;
-  // One of its own, and those of all others that have a part of the tile that it finishes.
-  const int64_t parts = 1 + CeilDiv(stream.ctas, stream.shared);
-  const double shared_us =
-      CeilDiv(stream.shared * steps, stream.ctas) * SharedStepMicroseconds(p, device, v, stream) +
-      (stream.shared > stream.ctas ? StoreMicroseconds(v) : 0) +
-      parts * stream.tile_bytes / kPartBytes;
-  return us + kClear + shared_us;
-}
-
 // The split that few rows and many share: the one with the least product of their times.
 int BatchInvariantTmaSplit(const AwqGemmProblem& p, const Device& device) {
   AwqGemmProblem few = p, many = p;
   few.m = 32, many.m = 1024;
   few.batch = many.batch = 1;
-  const Variant& few_tile = *Find("tma_32x256");
-  const Variant& many_tile = *Find("tma_256x128");
+  const AwqGemmVariant& few_tile = *Find("tma_32x256");
+  const AwqGemmVariant& many_tile = *Find("tma_256x128");
   auto product = [&](int split) {
     return TmaMicroseconds(few, device, few_tile, split) *
            TmaMicroseconds(many, device, many_tile, split);
@@ -366,36 +229,11 @@ int BatchInvariantTmaSplit(const AwqGemmProblem& p, const Device& device) {
   return best;
 }
 
-int BestTmaSplit(const AwqGemmProblem& p, const Device& device, const Variant& v) {
-  int best = 1;
-  double best_us = TmaMicroseconds(p, device, v, 1);
-  for (int split = 2; split <= kMaxCluster; ++split) {
-    if (split > CeilDiv(p.contraction(), v.depth)) break;
-    const double us = TmaMicroseconds(p, device, v, split);
-    if (us < best_us) best = split, best_us = us;
-  }
-  return best;
-}
-
-// Microseconds of writing the weight in x's dtype and multiplying with the library's dense kernel,
-// which takes what its operations take or reading the weight, whichever is more.
-double DequantizeDotMicroseconds(const AwqGemmProblem& p, const Device& device) {
-  constexpr double kDequantizeLaunch = 2.0;
-  constexpr double kBytes = 3.7e6;  // a microsecond, read and written
-  constexpr double kDenseLaunch = 9.0;
-  constexpr double kDenseBytes = 4.4e6;
-  constexpr double kOperations = 5.2e6;  // a microsecond and processor
-  const double weights = static_cast<double>(p.k) * p.n * p.batch;
-  return kDequantizeLaunch + 2.5 * weights / kBytes +
-         std::hypot(2.0 * p.m * weights / (kOperations * device.sm_count),
-                    kDenseLaunch + 2.0 * weights / kDenseBytes);
-}
-
 const char* ChooseTma(const AwqGemmProblem& p, const Device& device) {
-  const Variant* best = nullptr;
+  const AwqGemmVariant* best = nullptr;
   double best_us = 0;
   const int shared_split = p.batch_invariant ? BatchInvariantTmaSplit(p, device) : 0;
-  for (const Variant& v : kVariants) {
+  for (const AwqGemmVariant& v : kVariants) {
     if (!IsTma(v) || Unsupported(v, p, device)) continue;
     const int split = p.split_k > 0       ? 1
                       : p.batch_invariant ? shared_split
@@ -440,7 +278,7 @@ const char* Choose(const AwqGemmProblem& p, const Device& device) {
   return m <= 32 ? "mma_32" : "mma_64";
 }
 
-int ChooseSplit(const AwqGemmProblem& p, const Device& device, const Variant& v) {
+int ChooseSplit(const AwqGemmProblem& p, const Device& device, const AwqGemmVariant& v) {
   if (!v.splits) return 1;
   const int64_t depth_tiles = CeilDiv(p.contraction(), v.depth);
   if (p.split_k > 0) return static_cast<int>(std::min(p.split_k, depth_tiles));
@@ -464,12 +302,12 @@ int ChooseSplit(const AwqGemmProblem& p, const Device& device, const Variant& v)
 
 AwqGemmPlan PlanAwqGemm(const AwqGemmProblem& p, const Device& device, size_t workspace_limit) {
   AwqGemmPlan plan;
-  for (const Variant& v : kVariants) {
+  for (const AwqGemmVariant& v : kVariants) {
     if (const char* why = Unsupported(v, p, device)) plan.refused.emplace_back(v.name, why);
   }
   plan.variant = p.variant.empty() ? Choose(p, device) : p.variant;
   if (plan.variant == "reference") return plan;
-  const Variant* v = Find(plan.variant);
+  const AwqGemmVariant* v = Find(plan.variant);
   if (v == nullptr) throw std::invalid_argument("awq_gemm: unknown variant " + plan.variant);
   if (const char* why = Unsupported(*v, p, device)) {
     throw std::invalid_argument("awq_gemm: variant " + plan.variant + " cannot run: " + why);

@@ -10,28 +10,25 @@
 
 namespace jax_awq {
 
-// Where tiles lie. Tiles of up to kRaster rows of tiles go together, so that the CTAs at work at
-// one time share their rows of x and their columns of the weight in the L2.
+// Where tiles lie: those of up to kTileRaster rows of tiles go together.
 struct TmaTileOrder {
-  static constexpr unsigned kRaster = 8;
-
   TmaTileOrder() = default;
   TmaTileOrder(const AwqGemmParams& p, int tokens, int outputs)
       : rows(static_cast<unsigned>((p.m + tokens - 1) / tokens)),
         columns(static_cast<unsigned>((p.outputs + outputs - 1) / outputs)),
         count(rows * columns * static_cast<unsigned>(p.batch)),
         by_batch(rows * columns),
-        by_band(kRaster * columns),
-        by_last_height(rows % kRaster == 0 ? kRaster : rows % kRaster) {}
+        by_band(kTileRaster * columns),
+        by_last_height(rows % kTileRaster == 0 ? kTileRaster : rows % kTileRaster) {}
 
   __device__ void Find(unsigned tile, unsigned* batch, unsigned* row, unsigned* column) const {
     *batch = by_batch.Quotient(tile);
     tile = by_batch.Remainder(tile);
     const unsigned band = by_band.Quotient(tile);
     tile = by_band.Remainder(tile);
-    const bool whole = (band + 1) * kRaster <= rows;
-    *column = whole ? tile / kRaster : by_last_height.Quotient(tile);
-    *row = band * kRaster + (whole ? tile % kRaster : by_last_height.Remainder(tile));
+    const bool whole = (band + 1) * kTileRaster <= rows;
+    *column = whole ? tile / kTileRaster : by_last_height.Quotient(tile);
+    *row = band * kTileRaster + (whole ? tile % kTileRaster : by_last_height.Remainder(tile));
   }
 
   unsigned rows, columns, count;

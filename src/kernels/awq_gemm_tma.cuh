@@ -55,6 +55,8 @@ struct AwqGemmTmaParams {
   // Of a box of x and of sums, of which each member has kXBoxes; the second is for the last row of
   // tiles and has no more than are left: what lies outside takes longer to fill than to copy.
   int x_rows[2];
+  Share::Even units[2];       // of a tile, for the members of a cluster to finish
+  Share::Even turn;           // how much further a member and its units are for the same warp
   int members;                // CTAs side by side that share their rows of x
   int group_rows;             // of a box of scales or zeros
   int batch_x, batch_weight;  // 1 where every batch entry has its own, 0 where all share one
@@ -69,33 +71,34 @@ template <typename T, typename S, int kTokens, int kTiles>
 using TmaConsumer = std::conditional_t<sizeof(T) == 1, CodesConsumer<T, kTokens, kTiles>,
                                        WgmmaConsumer<T, S, kTokens, kTiles>>;
 
-// What a warp finishes of a tile: with an exchange (`blocks` > 0) every eighth of the units that
-// are dealt out to this member of the cluster, without one what it has computed itself.
+// Whose turn it is to finish what a warp has of a tile, and where that goes; and what the warp
+// itself finishes.
 template <typename Tile>
-struct TmaShareOfTile {
-  static constexpr int kTiles = Tile::kTiles;
+struct TmaTurns {
   using Lane = TmaLane<Tile>;
+  using Unit = typename Tile::Unit;
 
-  TmaShareOfTile() = default;
-  __device__ __forceinline__ TmaShareOfTile(const EpilogueParams& epilogue, unsigned blocks,
-                                            unsigned members, unsigned rank, int warp,
-                                            int64_t output0, int64_t token0) {
-    constexpr int kWarps = Tile::kTeamWarps;
-    unsigned first = warp;
-    if (blocks > 0) {
-      deal = Deal(blocks * kWarps, members, rank);
-      first += rank * deal.per;
-    }
-    first_block = first / kWarps;
-    const int of_warp = first % kWarps;  // whose lanes had the sums: those of all warps are alike
-    half = HalfWord<kTiles>(
-        epilogue, output0 + 8 * Lane::Word(of_warp), Lane::Byte(of_warp),
-        token0 + 8 * first_block + threadIdx.x % 4 * 2 + HalfWord<kTiles>::HasOdd());
+  TmaTurns() = default;
+  __device__ __forceinline__ TmaTurns(const EpilogueParams& epilogue, uint32_t inbox,
+                                      unsigned members, unsigned rank, unsigned warp,
+                                      int64_t output0, int64_t token0)
+      : first_owner(warp),
+        first_to(inbox + rank * Unit::kBytes + threadIdx.x % 32 * 16),
+        unit(rank + warp * members),
+        from(inbox + warp * members * Unit::kBytes),
+        token(unit / Tile::kTeamWarps * Unit::kTokens) {
+    while (first_owner >= members) first_owner -= members, first_to += members * Unit::kBytes;
+    const int of_warp = unit % Tile::kTeamWarps;  // lanes of all warps are alike
+    outputs = UnitOutputs<Tile::kTiles>(
+        epilogue, output0 + 8 * Lane::Word(of_warp) + 4 * Lane::Byte(of_warp), token0);
   }
 
-  Deal deal;
-  unsigned first_block;
-  HalfWord<kTiles> half;  // of that block
+  unsigned first_owner;  // of this warp's first unit
+  uint32_t first_to;
+  unsigned unit;  // the first that this warp finishes
+  uint32_t from;
+  unsigned token;
+  UnitOutputs<Tile::kTiles> outputs;
 };
 
 template <typename T, typename S, int kTokens, int kTiles>
@@ -104,6 +107,8 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
     AwqGemmTmaKernel(const __grid_constant__ AwqGemmTmaParams params) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Tile = TmaTile<kTokens, kTiles, sizeof(T)>;
+  using Lane = TmaLane<Tile>;
+  using Unit = typename Tile::Unit;
   using Consumer = TmaConsumer<T, S, kTokens, kTiles>;
   const AwqGemmParams& p = params.p;
   extern __shared__ char unaligned[];
@@ -119,11 +124,6 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
   const unsigned split = work.split;
   const int group_shift = p.buffers.weight.group_shift;
   const bool has_zeros = p.buffers.weight.qzeros != nullptr;
-  auto blocks_of = [&](unsigned row) {
-    const int64_t left = p.m - static_cast<int64_t>(row) * kTokens;
-    return static_cast<unsigned>(min((left + 7) / 8, static_cast<int64_t>(kTokens / 8)));
-  };
-
   if (warp == Tile::kConsumerWarps) {
     if (ElectOne()) {
       for (int s = 0; s < Tile::kStages; ++s) {
@@ -279,21 +279,31 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
     order.Find(work.tile, &batch, &row, &column);
     const RowScales<kTokens> row_scales(MakeEpilogue(p, batch),
                                         static_cast<int64_t>(row) * kTokens);
+    const int64_t output0 = (static_cast<int64_t>(column) * members + member) * Tile::kOutputs;
+    const int64_t token0 = static_cast<int64_t>(row) * kTokens;
     const unsigned parts = p.cluster ? p.splits : 1;
     const unsigned rank = p.cluster ? split : 0;
-    // Known before the sums are, so that nobody has to wait for it behind them, if registers allow.
-    EpilogueParams epilogue;
-    TmaShareOfTile<Tile> own;
-    const auto find_own = [&] {
-      epilogue = MakeEpilogue(p, batch);
-      if (epilogue.partials) epilogue.WriteOnly(split * p.batch * p.size());
-      own = TmaShareOfTile<Tile>(epilogue, params.exchange ? blocks_of(row) : 0, parts, rank, warp,
-                                 (static_cast<int64_t>(column) * members + member) * Tile::kOutputs,
-                                 static_cast<int64_t>(row) * kTokens);
+    const Share::Even units = params.units[row + 1 == order.rows];
+    const auto expect_sums = [&] {
+      if (threadIdx.x == 0) {
+        const unsigned own = units.least + (rank < units.longer);
+        BarrierArriveExpecting(inbox_barrier, own * (parts - 1) * Unit::kBytes);
+      }
     };
-    if constexpr (!Tile::kFewRegisters) find_own();
-    if (Tile::kInboxApart && p.cluster && threadIdx.x == 0) {
-      BarrierArriveExpecting(inbox_barrier, own.deal.own * (parts - 1) * Tile::kUnitBytes);
+    if (Tile::kInboxApart && p.cluster) expect_sums();
+
+    EpilogueParams epilogue = MakeEpilogue(p, batch);
+    if (epilogue.partials) epilogue.WriteOnly(split * p.batch * p.size());
+    // The units of a tile are dealt out to the members of the cluster in turn. What does not depend
+    // on the sums is found before them where there are registers for it.
+    const unsigned count = units.least * parts + units.longer;
+    const uint32_t inbox = shared + Tile::kInboxAt;
+    TmaTurns<Tile> own;
+    const auto find_turns = [&] {
+      own = TmaTurns<Tile>(epilogue, inbox, parts, rank, warp, output0, token0);
+    };
+    if constexpr (Tile::kTurnsFirst) {
+      if (params.exchange) find_turns();
     }
 
     float acc[kTiles][kTokens / 2];
@@ -309,14 +319,15 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
       for (int part = 0; part < work.parts; ++part) consumer.AddPart(acc);
     }
     if (!params.exchange) {
-      if (p.buffers.row_scale) {
+      if (epilogue.row_scale) {
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
           for (int b = 0; b < kTokens / 8; ++b) row_scales.Multiply(b, acc[j] + 4 * b);
         }
       }
-      if constexpr (Tile::kFewRegisters) find_own();
+      const HalfWord<kTiles> half(epilogue, output0 + 8 * consumer.lane.word, consumer.lane.byte,
+                                  token0 + lane % 4 * 2 + HalfWord<kTiles>::HasOdd());
 #pragma unroll
       for (int b = 0; b < kTokens / 8; ++b) {
         float v[kTiles][4];
@@ -325,61 +336,49 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
 #pragma unroll
           for (int i = 0; i < 4; ++i) v[j][i] = acc[j][4 * b + i];
         }
-        own.half.template Store<false>(epilogue, v, b);
+        half.Store(epilogue, v, b);
       }
       if constexpr (Tile::kPersistent) continue;
       return;
     }
 
-    // Each member pushes what it has of the others' units into their inboxes, and adds what came
-    // into its own in the order of members.
-    if constexpr (Tile::kFewRegisters)
-      own.deal = Deal(blocks_of(row) * Tile::kTeamWarps, parts, rank);
-    const uint32_t inbox = shared + Tile::kInboxAt + 16 * lane;
+    // Each pushes what it has of a unit into the inbox of its owner, who adds in the order of
+    // members.
+    if constexpr (!Tile::kTurnsFirst) find_turns();
     if (p.cluster) {
       if (!Tile::kInboxApart) ClusterArriveRelaxed();  // this pipeline is drained
       ClusterWait();
-      if (!Tile::kInboxApart && threadIdx.x == 0) {
-        BarrierArriveExpecting(inbox_barrier, own.deal.own * (parts - 1) * Tile::kUnitBytes);
-      }
+      if (!Tile::kInboxApart) expect_sums();
     } else {
       NamedBarrierSync<kTmaConsumers, 32 * Tile::kConsumerWarps>();
     }
-    unsigned owner = 0, owners_first = 0;
-    const unsigned blocks = blocks_of(row);
+    uint32_t to = own.first_to;
+    unsigned owner = own.first_owner;
 #pragma unroll
-    for (int b = 0; b < kTokens / 8; ++b) {
-      if (b >= blocks) break;
-      const unsigned unit = b * Tile::kTeamWarps + warp;
-      while (unit >= owners_first + own.deal.per) ++owner, owners_first += own.deal.per;
-      const uint32_t to = inbox + (rank * own.deal.per + unit - owners_first) * Tile::kUnitBytes;
+    for (int u = 0; u < kTokens / Unit::kTokens; ++u) {
+      if (u * Tile::kTeamWarps >= count) break;
       const uint32_t remote = MapToRank(to, owner);
       const uint32_t barrier = MapToRank(inbox_barrier, owner);
 #pragma unroll
-      for (int j = 0; j < kTiles; ++j) {
-        const float4 v =
-            make_float4(acc[j][4 * b], acc[j][4 * b + 1], acc[j][4 * b + 2], acc[j][4 * b + 3]);
+      for (int i = 0; i < 2; ++i) {
+        const float4 v = Unit::Vector(acc, u * (Unit::kTokens / 8), i);
         if (owner == rank) {
-          StoreSharedFour(to + j * Tile::kSlotBytes, v);
+          StoreSharedFour(to + i * Unit::kVectorBytes, v);
         } else {
-          StoreClusterSharedAsync(remote + j * Tile::kSlotBytes, v, barrier);
+          StoreClusterSharedAsync(remote + i * Unit::kVectorBytes, v, barrier);
         }
       }
+      owner += params.turn.longer;
+      to += params.turn.least * parts * Unit::kBytes;
+      if (owner >= parts) owner -= parts, to += parts * Unit::kBytes;
     }
-    if constexpr (Tile::kFewRegisters) find_own();
     NamedBarrierSync<kTmaConsumers, 32 * Tile::kConsumerWarps>();
     if (p.cluster) BarrierWait(inbox_barrier, 0);
 #pragma unroll 1
-    for (unsigned n = 0, i = warp; i < own.deal.own; ++n, i += Tile::kConsumerWarps) {
-      float v[kTiles][4];
-#pragma unroll
-      for (int j = 0; j < kTiles; ++j) {
-        const float4 sum = SumOfParts(inbox + i * Tile::kUnitBytes + j * Tile::kSlotBytes,
-                                      own.deal.per * Tile::kUnitBytes, parts);
-        v[j][0] = sum.x, v[j][1] = sum.y, v[j][2] = sum.z, v[j][3] = sum.w;
-        if (p.buffers.row_scale) row_scales.MultiplyAny(own.first_block + n, v[j]);
-      }
-      own.half.template Store<true>(epilogue, v, n);
+    for (unsigned u = own.unit; u < count; u += Tile::kTeamWarps * parts) {
+      own.outputs.Finish(epilogue, own.from, parts, own.token, row_scales);
+      own.from += Tile::kTeamWarps * parts * Unit::kBytes;
+      own.token += parts * Unit::kTokens;
     }
     if (members > 1) {  // nobody leaves while others arrive at its barriers
       ClusterArriveRelaxed();
@@ -415,6 +414,14 @@ cudaError_t LaunchTmaTile(const AwqGemmPlan& plan, const AwqGemmParams& p, cudaS
   params.x_rows[0] = kTokens / boxes;
   params.x_rows[1] =
       static_cast<int>(boxes == 1 ? last_rows : (last_rows + 8 * boxes - 1) / (8 * boxes) * 8);
+  const unsigned parts = p.cluster ? p.splits : 1;
+  for (int last = 0; last < 2; ++last) {
+    const int64_t rows = last ? last_rows : kTokens;
+    const auto units = static_cast<unsigned>((rows + Tile::Unit::kTokens - 1) /
+                                             Tile::Unit::kTokens * Tile::kTeamWarps);
+    params.units[last] = {units / parts, units % parts};
+  }
+  params.turn = {Tile::kTeamWarps / parts, Tile::kTeamWarps % parts};
   params.batch_x = p.buffers.x_stride != 0;
   params.batch_weight = w.qweight_stride != 0;
   params.exchange = p.cluster || p.buffers.activation != Activation::kNone;

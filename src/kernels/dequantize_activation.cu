@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kTileThreads)
       }
       char* to = static_cast<char*>(p.x) + (row * p.k + first) * SizeOf(p.x_dtype);
       if constexpr (kAligned) {
-        StoreEight(to, v, p.x_dtype);
+        StoreRounded<8>(to, v, p.x_dtype);
       } else {
 #pragma unroll
         for (int i = 0; i < kColumns; ++i) {

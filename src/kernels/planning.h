@@ -14,6 +14,10 @@ constexpr bool kHasSm90a = true;
 
 constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Rows of tiles that go together, so that the CTAs at work at one time share their rows of x and
+// their columns of the weight in the L2.
+constexpr unsigned kTileRaster = 8;
+
 // Stream-K: of so many tiles, those that CTAs compute alone. The rest are too few to go round, or
 // the one wave and more before them of which everyone can have an equal share.
 constexpr int64_t WholeTiles(int64_t tiles, int64_t ctas) {
