@@ -43,9 +43,9 @@ double WaveMicroseconds(const AwqGemmProblem& p, const Device& device, const Awq
   constexpr double kRemoteBytes = 29e3;  // a microsecond, that a processor writes to others
   const bool few = v.kernel == AwqGemmKernel::kFew;
   const bool shared = v.ctas_per_sm > 1 && clusters > ResidentClusters(device, 1, split);
-  // How much longer steps of two CTAs on a processor take, more where they do little but multiply.
+  // How much longer steps of two CTAs on a processor take, more where they mostly multiply.
   const bool multiply = p.m > v.tokens || (v.tokens > 48 && split == 1);
-  const double share = !shared ? 1.0 : multiply ? 1.9 : 1.5;
+  const double share = !shared ? 1.0 : multiply ? 1.9 : v.tokens > 64 ? 1.7 : 1.55;
   const int64_t steps = CeilDiv(CeilDiv(p.contraction(), v.depth), split) * (v.depth / 64);
   const double us = steps * StepMicroseconds(p, device, v, clusters * split, share);
   if (split == 1) return us;
