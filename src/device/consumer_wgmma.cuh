@@ -93,6 +93,7 @@ class WgmmaConsumer {
         float* sum = acc[(i * kFours + f) % kTiles] + (i * kFours + f) / kTiles * 4;
         sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w;
       }
+      __syncwarp();  // the arrival below is one lane's, for what all have read
       Release(at_.stage);
       at_.Advance();
     }
