@@ -51,29 +51,36 @@ record_tests() { # file, then what pytest is told
   python3 benchmarks/record_gpu_tests.py "$OUT/$1" -q -n "$WORKERS" --dist loadgroup "${@:2}"
 }
 
-sanitize() { # the tools side by side: their instrumentation takes most of the time
-  local tool log errors code
-  local failed=0 results=() tools=(memcheck racecheck initcheck synccheck)
+sanitize() { # tools and parts side by side: their instrumentation takes most of the time
+  local tool part name errors code
+  local failed=0 results=() parts=4 tools=(memcheck racecheck initcheck synccheck)
   for tool in "${tools[@]}"; do
     local options=(--tool "$tool" --error-exitcode 99)
     # XLA asks the driver for things that it may not have, and goes on without.
     if [ "$tool" = memcheck ]; then options+=(--report-api-errors no --padding 256); fi
-    (
-      compute-sanitizer "${options[@]}" python3 benchmarks/sanitize.py >"$OUT/$tool.log" 2>&1
-      echo $? >"$OUT/$tool.code"
-    ) &
+    for ((part = 0; part < parts; part++)); do
+      name=$OUT/$tool.$part
+      (
+        compute-sanitizer "${options[@]}" python3 benchmarks/sanitize.py --part "$part/$parts" \
+          --counts "$name.counts" >"$name.log" 2>&1
+        echo $? >"$name.code"
+      ) &
+    done
   done
   wait
   for tool in "${tools[@]}"; do
-    log=$OUT/$tool.log
-    code=$(cat "$OUT/$tool.code")
-    errors=$(sed -nE 's/.*(ERROR|RACECHECK) SUMMARY: ([0-9]+) .*/\2/p' "$log" | tail -1)
-    echo "$tool: ${errors:-no summary,} errors, exit code $code"
-    results+=("$tool=${errors:-null},$code")
-    if [ "$code" -ne 0 ] || [ "${errors:-1}" -ne 0 ]; then
-      failed=1
-      tail -20 "$log"
-    fi
+    for ((part = 0; part < parts; part++)); do
+      name=$OUT/$tool.$part
+      code=$(cat "$name.code" 2>/dev/null || echo 137)
+      errors=$(sed -nE 's/.*(ERROR|RACECHECK) SUMMARY: ([0-9]+) .*/\2/p' "$name.log" | tail -1)
+      echo "$tool, part $part: ${errors:-no summary,} errors, exit code $code"
+      results+=("$tool=${errors:-null},$code")
+      if [ "$code" -ne 0 ] || [ "${errors:-1}" -ne 0 ]; then
+        failed=1
+        tail -20 "$name.log"
+      fi
+    done
+    python3 benchmarks/sanitize.py --check "$OUT/$tool".*.counts || failed=1
   done
   python3 - "$OUT/sanitizers.json" "${results[@]}" <<'EOF'
 import json, sys
@@ -83,7 +90,7 @@ tools = {}
 for result in sys.argv[2:]:
     tool, numbers = result.split("=")
     errors, code = json.loads(f"[{numbers}]")
-    tools[tool] = {"errors": errors, "exit_code": code}
+    tools.setdefault(tool, []).append({"errors": errors, "exit_code": code})
 result = environment() | {"command": "compute-sanitizer benchmarks/sanitize.py", "tools": tools}
 with open(sys.argv[1], "w", encoding="utf-8") as file:
     file.write(json.dumps(result, indent=1) + "\n")

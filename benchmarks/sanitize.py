@@ -1,14 +1,23 @@
 """Each kernel variant once or twice on small problems, with its results checked.
 
-Made to run under compute-sanitizer: benchmarks/gpu.sh does. Alone, it is a quick test.
+Made to run under compute-sanitizer: benchmarks/gpu.sh does, in parts side by side.
+
+    python benchmarks/sanitize.py [--part 0/4] [--counts FILE]
+    python benchmarks/sanitize.py --check FILE...
+
+With --check it adds up what parts have counted, and fails if a variant of awq_gemm never ran.
 """
 
+import argparse
+import collections
+import json
 import os
 
 # Every array an allocation of its own: inside one arena, nothing is out of bounds.
 os.environ["XLA_PYTHON_CLIENT_ALLOCATOR"] = "platform"
 os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
 
+import pathlib
 import sys
 
 import jax
@@ -75,9 +84,53 @@ def fused_variants(rng) -> list[str]:
 
 
 def main() -> int:
+    args = _parser().parse_args()
+    if args.check:
+        return check(args.check)
+    part, parts = map(int, args.part.split("/"))
+    counts = {
+        "awq_gemm": products(PRODUCTS[part::parts]),
+        "awq_gemm_w4a8": w4a8_products(W4A8_PRODUCTS[part::parts]),
+        "int8_matmul, int4_matmul": integer_products(INTEGER_PRODUCTS[part::parts]),
+    }
+    if part == 0:
+        conversions()
+    for op, ran in counts.items():
+        print(f"{op} by variant:", ", ".join(f"{v or 'any'} {n}" for v, n in ran.items()))
+    if args.counts:
+        args.counts.write_text(json.dumps(counts), encoding="utf-8")
+    return check_counts([counts]) if parts == 1 else 0
+
+
+def check(files: list[pathlib.Path]) -> int:
+    return check_counts([json.loads(file.read_text(encoding="utf-8")) for file in files])
+
+
+def check_counts(parts: list[dict[str, dict[str, int]]]) -> int:
+    """1 if a variant of awq_gemm never ran, in all parts together, or else 0."""
+    total: collections.Counter[str] = collections.Counter()
+    for counts in parts:
+        total.update(counts["awq_gemm"])
+    missing = [variant for variant, count in total.items() if count == 0]
+    print(f"{len(total)} variants of awq_gemm; never ran: {', '.join(missing) or 'none'}")
+    return 1 if missing or not total else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--part", default="0/1", help="which of how many (default: %(default)s)")
+    parser.add_argument(
+        "--counts", type=pathlib.Path, help="where to write the runs of each variant"
+    )
+    parser.add_argument("--check", type=pathlib.Path, nargs="+", help="such files, of all parts")
+    return parser
+
+
+def products(problems) -> dict[str, int]:
+    """How often each variant of awq_gemm ran, forward or for the gradient."""
     rng = np.random.default_rng(0)
     ran = dict.fromkeys(fused_variants(rng), 0)
-    for m, k, n, group_size, dtype, layout, split in PRODUCTS:
+    for m, k, n, group_size, dtype, layout, split in problems:
         problem = random_problem(
             rng,
             m,
@@ -116,6 +169,12 @@ def main() -> int:
                 assert_close(np.asarray(result), wanted, np.asarray(near))
                 ran[variant] += 1
         os.environ["JAX_AWQ_FORCE"] = ""
+    return ran
+
+
+def conversions() -> None:
+    """awq_dequantize, quantize_activation and dequantize_activation, bit for bit."""
+    rng = np.random.default_rng(0)
     for k, n, group_size, layout in (
         (96, 136, 32, "gemm"),
         (100, 72, -1, "gemm"),
@@ -143,21 +202,16 @@ def main() -> int:
                     np.testing.assert_array_equal(
                         qa.group_sums.sum(1), codes.sum(1, dtype=np.int32)
                     )
-    codes = w4a8_products(rng)
-    print("products of codes by variant:", ", ".join(f"{v or 'any'} {n}" for v, n in codes.items()))
-    integers = integer_products(rng)
-    print("integer products by variant:", ", ".join(f"{v} {n}" for v, n in integers.items()))
-    print("products by variant:", ", ".join(f"{v} {count}" for v, count in ran.items()))
-    return 0 if ran and all(ran.values()) else 1
 
 
-def w4a8_products(rng) -> dict[str, int]:
+def w4a8_products(problems) -> dict[str, int]:
     """How often each variant of awq_gemm_w4a8 ran; "" is the one that is chosen."""
+    rng = np.random.default_rng(0)
     ran: dict[str, int] = {}
     problem = random_problem(rng, 1, 64, 64, group_size=32)
     named = jax_awq.plan("awq_gemm", problem.x, problem.weight).refused
     variants = (*(v for v in named if v.startswith("w4a8_")), *W4A8_ALSO)
-    for m, k, n, group_size, dtype in W4A8_PRODUCTS:
+    for m, k, n, group_size, dtype in problems:
         for codes in CODES:
             problem = random_w4a8_problem(
                 rng,
@@ -198,10 +252,11 @@ def w4a8_kernel(problem, x) -> str:
     return jax_awq.plan("awq_gemm_w4a8", x, problem.base.weight, **options).kernel
 
 
-def integer_products(rng) -> dict[str, int]:
+def integer_products(problems) -> dict[str, int]:
     """How often each variant of int8_matmul and int4_matmul ran."""
+    rng = np.random.default_rng(0)
     ran: dict[str, int] = {}
-    for m, k, n in INTEGER_PRODUCTS:
+    for m, k, n in problems:
         for bits in (8, 4):
             raw = random_int_problem(rng, m, k, n, bits=bits)
             scaled = random_int_problem(
