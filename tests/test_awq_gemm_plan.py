@@ -1,5 +1,7 @@
 """What the compiled planning code of `awq_gemm` promises over all numbers of rows."""
 
+import pathlib
+
 import pytest
 
 from jax_awq import _ffi
@@ -105,6 +107,26 @@ def test_a_kernel_of_other_sums_cannot_be_forced(variant):
 
 
 # --- the cost model
+
+
+def test_the_plan_takes_what_was_fastest():
+    """Of the variants and splits of a sweep, in which there are no stream_*."""
+    root = pathlib.Path(__file__).parents[1]
+    swept: dict[tuple[int, ...], dict[tuple[str, int], float]] = {}
+    for line in (root / "benchmarks/results/nvidia_h100/sweep.txt").read_text().splitlines():
+        if not line.startswith("#"):
+            k, n, m, variant, split, us = line.split()
+            times = swept.setdefault((int(m), int(k), int(n)), {})
+            times[variant, int(split)] = float(us)
+    excess = {}
+    for problem, times in swept.items():
+        found = planned(*problem)
+        if found["variant"] in {variant for variant, _ in times}:
+            us = times[found["variant"], found["split_k"]]
+            excess[problem] = us / min(times.values()) - 1
+    assert len(excess) >= 50
+    assert max(excess.values()) <= 0.05
+    assert sum(excess.values()) / len(excess) <= 0.005
 
 
 @pytest.mark.parametrize(("k", "n"), SHAPES)
