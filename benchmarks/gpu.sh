@@ -60,6 +60,7 @@ sanitize() { # tools and parts side by side: their instrumentation takes most of
     if [ "$tool" = memcheck ]; then options+=(--report-api-errors no --padding 256); fi
     for ((part = 0; part < parts; part++)); do
       name=$OUT/$tool.$part
+      rm -f "$name".{log,code,counts} # of another run
       (
         compute-sanitizer "${options[@]}" python3 benchmarks/sanitize.py --part "$part/$parts" \
           --counts "$name.counts" >"$name.log" 2>&1
