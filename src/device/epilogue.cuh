@@ -356,30 +356,37 @@ class HalfWord {
   float bias_[2 * kTiles];
 };
 
-// Sums that change hands lie in shared memory in units: two vectors for each lane of a warp of the
-// mma, of all outputs of its words and eight tokens (kTiles = 2), or of half of them and 16.
-template <int kTiles>
+// Sums that change hands lie in shared memory in units: of a warp of the mma all outputs of its
+// words (kTiles = 2) or half of them, and kBlocks times eight tokens. A lane has one or two vectors
+// of it.
+template <int kTiles_, int kBlocks_>
 struct SumUnit {
-  static constexpr int kTokens = 16 / kTiles;
+  static constexpr int kTiles = kTiles_;
+  static constexpr int kBlocks = kBlocks_;
+  static constexpr int kTokens = 8 * kBlocks;
+  static constexpr int kVectors = kTiles * kBlocks;
+  static_assert(kVectors <= 2);
   static constexpr int kVectorBytes = 32 * 16;
-  static constexpr int kBytes = 2 * kVectorBytes;
+  static constexpr int kBytes = kVectors * kVectorBytes;
 
-  // Vector i of the sums acc[j][4 b + 2 h + i] of blocks b of eight tokens, from `block` on: the
-  // even or the odd outputs of a word for token i of two, or of half a word in two blocks.
+  // Vector i of the sums acc[j][4 b + 2 h + t] of blocks b of eight tokens, from `block` on: the
+  // even or the odd outputs of a word for token i of two, or of half a word in two blocks, or of
+  // half a word for both tokens.
   template <int kSums>
   __device__ static float4 Vector(const float (&acc)[kTiles][kSums], int block, int i) {
     const float* first = acc[0] + 4 * block + i;
-    const float* second = kTiles == 2 ? acc[1] + 4 * block + i : first + 4;
+    const float* second = kTiles == 2 ? acc[1] + 4 * block + i : first + (kBlocks == 2 ? 4 : 1);
     return make_float4(first[0], first[2], second[0], second[2]);
   }
 };
 
-// What a lane finishes of a unit: eight outputs of one token, or four of two that are eight apart.
-template <int kTiles>
+// What a lane finishes of a unit: eight outputs of one token, or four of one or of two that are
+// eight apart.
+template <typename Unit>
 class UnitOutputs {
-  using Unit = SumUnit<kTiles>;
-  static constexpr int kOutputs = 4 * kTiles;
-  static constexpr int kTokens = 2 / kTiles;
+  static constexpr int kOutputs = 4 * Unit::kTiles;
+  static constexpr int kTokens = Unit::kBlocks;
+  static constexpr int kValues = kOutputs * kTokens;
 
  public:
   UnitOutputs() = default;
@@ -394,7 +401,7 @@ class UnitOutputs {
     tokens_ = static_cast<int>(min(p.m - token0, int64_t{INT32_MAX}));
   }
 
-  // Adds `parts` that lie `stride` bytes apart from `unit` on, in their order, so that a sum
+  // Adds `parts` of a unit, one behind the other from `unit` on, in their order, so that a sum
   // depends neither on timing nor on who adds, and finishes and stores them. `token`: of the tile,
   // the unit's first. Called by whole warps.
   template <typename Scales>
@@ -402,20 +409,24 @@ class UnitOutputs {
                                          unsigned token, const Scales& row_scales) const {
     const unsigned lane = threadIdx.x % 32;
     // Those with the even outputs of this lane's word and tokens; 64 bytes on are the odd ones.
-    const uint32_t from = unit + lane % 2 * Unit::kVectorBytes + (lane / 8 * 8 + lane % 8 / 2) * 16;
-    float4 evens[kMaxCluster], odds[kMaxCluster];
+    const uint32_t from = unit + (lane / 8 * 8 + lane % 8 / 2) * 16 +
+                          lane % 2 * (Unit::kVectors == 2 ? Unit::kVectorBytes : 8);
+    float evens[kMaxCluster][kValues / 2], odds[kMaxCluster][kValues / 2];
 #pragma unroll
     for (int r = 0; r < kMaxCluster; ++r) {
       if (r >= parts) continue;
-      evens[r] = LoadSharedFour(from + r * Unit::kBytes);
-      odds[r] = LoadSharedFour(from + r * Unit::kBytes + 64);
+      LoadShared(evens[r], from + r * Unit::kBytes);
+      LoadShared(odds[r], from + r * Unit::kBytes + 64);
     }
-    float4 &even = evens[0], &odd = odds[0];
 #pragma unroll
     for (int r = 1; r < kMaxCluster; ++r) {
-      if (r < parts) Add(even, evens[r]), Add(odd, odds[r]);
+      if (r >= parts) continue;
+#pragma unroll
+      for (int i = 0; i < kValues / 2; ++i) evens[0][i] += evens[r][i], odds[0][i] += odds[r][i];
     }
-    float v[8] = {even.x, odd.x, even.y, odd.y, even.z, odd.z, even.w, odd.w};
+    float v[kValues];
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) v[i] = i % 2 ? odds[0][i / 2] : evens[0][i / 2];
     token += lane % 8;
     if (p.row_scale) {
 #pragma unroll
@@ -426,16 +437,16 @@ class UnitOutputs {
       }
     }
 #pragma unroll
-    for (int i = 0; i < 8; ++i) v[i] += bias_[i % kOutputs];
+    for (int i = 0; i < kValues; ++i) v[i] += bias_[i % kOutputs];
     if (__builtin_expect(p.activation != Activation::kNone, 0)) {
-      // One after the other through the same instructions: eight copies of all activations would
-      // stand between the sums and what stores them.
+      // One after the other through the same instructions: copies of all activations would stand
+      // between the sums and what stores them.
 #pragma unroll 1
-      for (int n = 0; n < 8; ++n) {
+      for (int n = 0; n < kValues; ++n) {
         const float next = Activate(v[0], p.activation);
 #pragma unroll
-        for (int i = 0; i < 7; ++i) v[i] = v[i + 1];
-        v[7] = next;
+        for (int i = 0; i < kValues - 1; ++i) v[i] = v[i + 1];
+        v[kValues - 1] = next;
       }
     }
 #pragma unroll

@@ -33,7 +33,7 @@ struct FewTile : TmaPipeline<kTokens, 2, 2, 128, 6> {
 
   // Sums of a chunk, 32 outputs. Teams give each other what the other one finishes. Members push
   // theirs while the pipeline of their owner still runs, so that nothing of it shares this memory.
-  using Unit = SumUnit<2>;
+  using Unit = SumUnit<2, 1>;
   static constexpr int kUnits = kTokens / Unit::kTokens;  // of a chunk
   static_assert(kUnits <= kTeams);                        // one for each team to finish
   static constexpr int kChunkBytes = kUnits * Unit::kBytes;

@@ -117,6 +117,13 @@ __device__ __forceinline__ void LoadShared(uint32_t (&r)[4], uint32_t address) {
                : "r"(address)
                : "memory");
 }
+template <int kCount>
+__device__ __forceinline__ void LoadShared(float (&v)[kCount], uint32_t address) {
+  uint32_t bits[kCount];
+  LoadShared(bits, address);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) v[i] = __uint_as_float(bits[i]);
+}
 
 // d += a (16 x 32, row) * b (32 x 8, column) of int8 in int32 (9.7.15.5, mma.m16n8k32).
 __device__ __forceinline__ void Mma16x8x32(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0,
@@ -309,16 +316,6 @@ __device__ __forceinline__ void CopyBox(uint32_t to, const void* map, int x, int
       "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
       "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier)
-      : "memory");
-}
-
-// Copies from global to shared memory, a multiple of 16 bytes (9.7.9.25.4.1, cp.async.bulk).
-__device__ __forceinline__ void CopyBytes(uint32_t to, const void* from, uint32_t bytes,
-                                          uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(to),
-      "l"(from), "r"(bytes), "r"(barrier)
       : "memory");
 }
 

@@ -90,8 +90,8 @@ struct TmaTile : TmaPipeline<kTokens, kTiles, kElementBytes, kElementBytes == 1 
 
   // Sums to exchange: each member of a cluster has room for its units of every member. Where that
   // is beside the pipeline nobody has to wait for the others before it sends; else it takes the
-  // place of the drained pipeline.
-  using Unit = SumUnit<kTiles>;
+  // place of the drained pipeline. With few tokens units are small, or few warps would end a tile.
+  using Unit = SumUnit<kTiles, kTiles == 2 || kTokens <= 32 ? 1 : 2>;
   static constexpr int kUnits = kTokens / Unit::kTokens * kConsumerWarps;
   static constexpr int kInboxBytes = (kUnits + kMaxCluster - 1) * Unit::kBytes;
   static constexpr int kInboxBarrierAt = Pipeline::kPipelineBytes;
@@ -109,6 +109,9 @@ struct TmaTile : TmaPipeline<kTokens, kTiles, kElementBytes, kElementBytes == 1 
       Pipeline::kXBytes / (Pipeline::kTeamWarps * Unit::kVectorBytes);
   static constexpr int kPartStageBytes = kPartFours * Pipeline::kTeamWarps * Unit::kVectorBytes;
   static constexpr int kPartStages = kPartBytes / kPartStageBytes;
+  // A stage of them as a box of a tensor: racecheck does not follow copies without a tensor map.
+  static constexpr int kPartRowFloats = 256;
+  static constexpr int kPartRows = kPartStageBytes / (4 * kPartRowFloats);
   static_assert(!kStreams || kPartStages * kPartStageBytes == kPartBytes);
 
   // With codes some stages have sums of x over chunks in place of x, and the scales and zero points

@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(FewTile<kTokens>::kThreads, 1)
   if (p.buffers.overlap) WaitForKernelBefore();  // which writes the scales of rows
   const RowScales<kTokens> row_scales(epilogue, 0);
   if (epilogue.partials) epilogue.WriteOnly(split * p.batch * p.size());
-  const UnitOutputs<2> outputs(
+  const UnitOutputs<Unit> outputs(
       epilogue, static_cast<int64_t>(blockIdx.y) * Tile::kOutputs + 8 * consumer.lane.word, 0);
   // Chunks are dealt out to the members of the cluster. Everyone pushes what he has of one into the
   // inbox of its owner, who adds in the order of members.

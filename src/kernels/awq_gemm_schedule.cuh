@@ -1,9 +1,11 @@
-// Which CTA of the TMA kernel computes what, and in which order.
+// Which CTA of the TMA kernel computes what, and in which order; and who finishes which sums.
 #pragma once
 
 #include <algorithm>
 
 #include "device/epilogue.cuh"
+#include "device/ptx.cuh"
+#include "device/tma_tile.cuh"
 #include "kernels/awq_gemm_launch.cuh"
 #include "kernels/divider.h"
 #include "kernels/planning.h"
@@ -119,6 +121,60 @@ class TmaWork {
   const TmaSchedule& schedule_;
   unsigned next_;
   Share share_, tail_;
+};
+
+// What CTAs leave for each other of shared tiles (TmaSchedule): sums in the order in which a part
+// passes through the pipeline, a stage's x at a time, and how many warps have left theirs.
+struct TailParts {
+  char* sums;
+  uint32_t* counts;
+
+  template <typename Tile>
+  __device__ void Leave(unsigned cta, int warp,
+                        const float (&acc)[Tile::kTiles][Tile::kTokens / 2]) const {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    float4* to = reinterpret_cast<float4*>(sums + int64_t{cta} * Tile::kPartBytes) +
+                 (warp * Tile::kPartFours * 32 + threadIdx.x % 32);
+#pragma unroll
+    for (int i = 0; i < Tile::kTokens / 8 * Tile::kTiles; ++i) {
+      const float* v = acc[i % Tile::kTiles] + i / Tile::kTiles * 4;
+      to[i / Tile::kPartFours * (Tile::kPartStageBytes / 16) + i % Tile::kPartFours * 32] =
+          make_float4(v[0], v[1], v[2], v[3]);
+    }
+    FenceProxyAsyncGlobal();  // the copy engine will read them
+    CountUp(counts + cta);
+#endif
+  }
+};
+
+// Whose turn it is to finish what a warp has of a tile, and where that goes; and what the warp
+// itself finishes.
+template <typename Tile>
+struct TmaTurns {
+  using Lane = TmaLane<Tile>;
+  using Unit = typename Tile::Unit;
+
+  TmaTurns() = default;
+  __device__ __forceinline__ TmaTurns(const EpilogueParams& epilogue, uint32_t inbox,
+                                      unsigned members, unsigned rank, unsigned warp,
+                                      int64_t output0, int64_t token0)
+      : first_owner(warp),
+        first_to(inbox + rank * Unit::kBytes + threadIdx.x % 32 * 16),
+        unit(rank + warp * members),
+        from(inbox + warp * members * Unit::kBytes),
+        token(unit / Tile::kTeamWarps * Unit::kTokens) {
+    while (first_owner >= members) first_owner -= members, first_to += members * Unit::kBytes;
+    const int of_warp = unit % Tile::kTeamWarps;  // lanes of all warps are alike
+    outputs = UnitOutputs<Unit>(
+        epilogue, output0 + 8 * Lane::Word(of_warp) + 4 * Lane::Byte(of_warp), token0);
+  }
+
+  unsigned first_owner;  // of this warp's first unit
+  uint32_t first_to;
+  unsigned unit;  // the first that this warp finishes
+  uint32_t from;
+  unsigned token;
+  UnitOutputs<Unit> outputs;
 };
 
 }  // namespace jax_awq

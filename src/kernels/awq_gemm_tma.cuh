@@ -17,38 +17,10 @@
 
 namespace jax_awq {
 
-// What CTAs leave for each other of shared tiles (TmaSchedule): sums in the order in which a part
-// passes through the pipeline, a stage's x at a time, and how many warps have left theirs.
-struct TailParts {
-  char* sums;
-  uint32_t* counts;
-
-  template <typename Tile>
-  __device__ const char* Of(unsigned cta) const {
-    return sums + int64_t{cta} * Tile::kPartBytes;
-  }
-
-  template <typename Tile>
-  __device__ void Leave(unsigned cta, int warp,
-                        const float (&acc)[Tile::kTiles][Tile::kTokens / 2]) const {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    float4* to = reinterpret_cast<float4*>(sums + int64_t{cta} * Tile::kPartBytes) +
-                 (warp * Tile::kPartFours * 32 + threadIdx.x % 32);
-#pragma unroll
-    for (int i = 0; i < Tile::kTokens / 8 * Tile::kTiles; ++i) {
-      const float* v = acc[i % Tile::kTiles] + i / Tile::kTiles * 4;
-      to[i / Tile::kPartFours * (Tile::kPartStageBytes / 16) + i % Tile::kPartFours * 32] =
-          make_float4(v[0], v[1], v[2], v[3]);
-    }
-    FenceProxyAsyncGlobal();  // bulk copies will read them
-    CountUp(counts + cta);
-#endif
-  }
-};
-
 struct AwqGemmTmaParams {
   CUtensorMap x[2], words, scales, zeros;
   CUtensorMap sums[2], sum_scales, sum_zeros;  // of the chunks of x, where x is codes
+  CUtensorMap part_sums;                       // TailParts::sums
   AwqGemmParams p;
   TmaSchedule schedule;
   TailParts parts;
@@ -70,36 +42,6 @@ constexpr int kTmaConsumers = 2;
 template <typename T, typename S, int kTokens, int kTiles>
 using TmaConsumer = std::conditional_t<sizeof(T) == 1, CodesConsumer<T, kTokens, kTiles>,
                                        WgmmaConsumer<T, S, kTokens, kTiles>>;
-
-// Whose turn it is to finish what a warp has of a tile, and where that goes; and what the warp
-// itself finishes.
-template <typename Tile>
-struct TmaTurns {
-  using Lane = TmaLane<Tile>;
-  using Unit = typename Tile::Unit;
-
-  TmaTurns() = default;
-  __device__ __forceinline__ TmaTurns(const EpilogueParams& epilogue, uint32_t inbox,
-                                      unsigned members, unsigned rank, unsigned warp,
-                                      int64_t output0, int64_t token0)
-      : first_owner(warp),
-        first_to(inbox + rank * Unit::kBytes + threadIdx.x % 32 * 16),
-        unit(rank + warp * members),
-        from(inbox + warp * members * Unit::kBytes),
-        token(unit / Tile::kTeamWarps * Unit::kTokens) {
-    while (first_owner >= members) first_owner -= members, first_to += members * Unit::kBytes;
-    const int of_warp = unit % Tile::kTeamWarps;  // lanes of all warps are alike
-    outputs = UnitOutputs<Tile::kTiles>(
-        epilogue, output0 + 8 * Lane::Word(of_warp) + 4 * Lane::Byte(of_warp), token0);
-  }
-
-  unsigned first_owner;  // of this warp's first unit
-  uint32_t first_to;
-  unsigned unit;  // the first that this warp finishes
-  uint32_t from;
-  unsigned token;
-  UnitOutputs<Tile::kTiles> outputs;
-};
 
 template <typename T, typename S, int kTokens, int kTiles>
 __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
@@ -240,7 +182,6 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
       if constexpr (Tile::kStreams) {  // what others have left of this tile
         if (work.parts > 0) WaitForKernelBefore();
         for (int part = 1; part <= work.parts; ++part) {
-          const char* from = params.parts.template Of<Tile>(blockIdx.x - part);
           WaitForCount(params.parts.counts + blockIdx.x - part, Tile::kTeamWarps);
           FenceProxyAsyncGlobal();
 #pragma unroll 1
@@ -249,8 +190,8 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
             if (ElectOne()) {
               const uint32_t barrier = Tile::Full(shared, at.stage);
               BarrierArriveExpecting(barrier, Tile::kPartStageBytes);
-              CopyBytes(Tile::X(shared, at.stage), from + i * Tile::kPartStageBytes,
-                        Tile::kPartStageBytes, barrier);
+              CopyBox(Tile::X(shared, at.stage), &params.part_sums, 0,
+                      ((blockIdx.x - part) * Tile::kPartStages + i) * Tile::kPartRows, 0, barrier);
             }
             __syncwarp();
             at.Advance();
@@ -360,8 +301,8 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
       const uint32_t remote = MapToRank(to, owner);
       const uint32_t barrier = MapToRank(inbox_barrier, owner);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float4 v = Unit::Vector(acc, u * (Unit::kTokens / 8), i);
+      for (int i = 0; i < Unit::kVectors; ++i) {
+        const float4 v = Unit::Vector(acc, u * Unit::kBlocks, i);
         if (owner == rank) {
           StoreSharedFour(to + i * Unit::kVectorBytes, v);
         } else {
@@ -459,6 +400,11 @@ cudaError_t LaunchTmaTile(const AwqGemmPlan& plan, const AwqGemmParams& p, cudaS
     params.parts.sums = static_cast<char*>(p.buffers.workspace);
     params.parts.counts =
         reinterpret_cast<uint32_t*>(params.parts.sums + groups * Tile::kPartBytes);
+    if (!maps->Encode(&params.part_sums, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, params.parts.sums,
+                      Tile::kPartRowFloats, groups * Tile::kPartStages * Tile::kPartRows, 1,
+                      Tile::kPartRowFloats, Tile::kPartRows, CU_TENSOR_MAP_SWIZZLE_NONE)) {
+      return cudaErrorInvalidValue;
+    }
     ClearCountsKernel<<<1, 256, 0, stream>>>(params.parts.counts, static_cast<unsigned>(groups));
     if (const cudaError_t error = cudaGetLastError()) return error;
   }
