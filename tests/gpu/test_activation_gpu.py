@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gpu.variants import BF16, F16, F32, assert_same_bits
+from gpu.variants import BF16, F16, F32, all_as_first, assert_same_bits
 
 from jax_awq import (
     QuantizedActivation,
@@ -173,11 +173,11 @@ def test_more_than_2_to_the_31_values(rng):
         )
         q = qa.q.reshape(copies, 1024, -1)
         np.testing.assert_array_equal(unpack_bytes(q[0], bits, k), codes)
-        assert jax.jit(lambda q: (q == q[0]).all())(q)
+        assert all_as_first(q)
         del q
         back = dequantize_activation(qa, F16).reshape(copies, 1024, k)
         assert_same_bits(back[0], (codes.astype(np.float32) * wide).astype(F16))
-        assert jax.jit(lambda x: (x == x[0]).all())(back)
+        assert all_as_first(back)
         del back
 
 

@@ -11,7 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gpu.variants import BF16, F16, VARIANTS, Case, assert_same_bits, problem_of, refusals
+from gpu.variants import (
+    BF16,
+    F16,
+    VARIANTS,
+    Case,
+    all_as_first,
+    assert_same_bits,
+    problem_of,
+    refusals,
+)
 
 from jax_awq import AWQWeight, awq_gemm
 from jax_awq.testing import assert_close, random_problem, random_weight
@@ -85,7 +94,7 @@ def test_scan_over_stacked_weights(rng, layout):
     "variant",
     [v for v in VARIANTS if not v.startswith(("decode", "dequantize"))],
 )
-@pytest.mark.xdist_group("much_memory")
+@pytest.mark.xdist_group("many_results")
 def test_more_than_2_to_the_31_results(variant, force):
     """The same 1000 rows again and again, so that all results can be compared where they are."""
     p = problem_of(Case(1000, 64, 32768, 64))
@@ -100,7 +109,7 @@ def test_more_than_2_to_the_31_results(variant, force):
     rows = np.array([0, 1, 499, 998, 999])
     few = type(p)(x=p.x[rows], weight=p.weight, bias=None, activation=None, out_dtype=None)
     assert_close(np.asarray(y[0, rows]), few.float64(), few.reference())
-    assert jax.jit(lambda y: (y == y[0]).all())(y)
+    assert all_as_first(y)
 
 
 @pytest.mark.xdist_group("much_memory")
@@ -112,7 +121,7 @@ def test_large_operand(rng):
     assert x.size > 2**31
     y = awq_gemm(x, p.weight, split_k_iters=1).reshape(copies, 16, -1)
     assert_close(np.asarray(y[0]), p.float64(), p.reference())
-    assert jax.jit(lambda y: (y == y[0]).all())(y)
+    assert all_as_first(y)
 
 
 @pytest.mark.parametrize(
