@@ -82,9 +82,8 @@ struct TmaTile : TmaPipeline<kTokens, kTiles, kElementBytes, kElementBytes == 1 
   static constexpr int kCtas = !Pipeline::kCodes && kTokens * kTiles <= 96 ? 2 : 1;  // a processor
   static constexpr bool kStreams = !Pipeline::kCodes && kCtas == 1;  // can share tiles: stream_*
   static constexpr bool kFewRegisters = kCtas > 1 && kTokens* kTiles > 64;
-  // Whether what every warp finishes is found before the loop over K: with more sums than these the
-  // loop itself takes longer for it.
-  static constexpr bool kTurnsFirst = !Pipeline::kCodes && kTokens * kTiles <= 32;
+  // Whether what every warp finishes is found before the loop over K: where registers are left.
+  static constexpr bool kTurnsFirst = !Pipeline::kCodes && kTiles == 1 && kTokens <= 128;
   // Takes tile after tile; where registers are few, not what has two CTAs a processor anyway.
   static constexpr bool kPersistent = !kFewRegisters;
 
@@ -94,8 +93,8 @@ struct TmaTile : TmaPipeline<kTokens, kTiles, kElementBytes, kElementBytes == 1 
   using Unit = SumUnit<kTiles, kTiles == 2 || kTokens <= 32 ? 1 : 2>;
   static constexpr int kUnits = kTokens / Unit::kTokens * kConsumerWarps;
   static constexpr int kInboxBytes = (kUnits + kMaxCluster - 1) * Unit::kBytes;
-  static constexpr int kInboxBarrierAt = Pipeline::kPipelineBytes;
-  static constexpr int kApartAt = kInboxBarrierAt + 16;
+  static constexpr int kInboxBarriersAt = Pipeline::kPipelineBytes;  // one for each warp
+  static constexpr int kApartAt = Unit::Aligned(kInboxBarriersAt + 8 * kConsumerWarps);
   static constexpr bool kInboxApart =
       kCtas == 2 && kApartAt + kInboxBytes + Pipeline::kAlignment <= kMostSharedOfTwo;
   static constexpr int kInboxAt = kInboxApart ? kApartAt : 0;
