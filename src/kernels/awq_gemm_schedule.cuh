@@ -76,12 +76,14 @@ struct TmaSchedule {
 // What a CTA works on, one item after the other: a tile, and which steps of its sum.
 class TmaWork {
  public:
-  __device__ explicit TmaWork(const TmaSchedule& s)
+  // Only `persistent` CTAs have more than one item.
+  __device__ TmaWork(const TmaSchedule& s, bool persistent)
       : split(s.by_splits.Remainder(blockIdx.x)),
         schedule_(s),
         next_(s.by_ctas.Quotient(blockIdx.x)),
         share_(s.split, split),
         tail_(s.tail, blockIdx.x) {
+    if (!persistent) return;
     items = s.whole > next_ ? s.by_groups.Quotient(s.whole - next_ + s.groups - 1) : 0;
     if (tail_.count > 0) {
       items +=
@@ -111,7 +113,7 @@ class TmaWork {
   }
 
   const unsigned split;  // of the sum of each tile, where it is divided among CTAs
-  unsigned items;
+  unsigned items = 1;
   unsigned tile;
   Share share{0, 0, 1};
   bool leaves;  // these sums to the CTA that has the last steps of the tile

@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
   const unsigned members = Tile::kCodes ? params.members : 1;
   const unsigned member = blockIdx.x % members;
   const TmaTileOrder& order = params.schedule.order;
-  TmaWork work(params.schedule);
+  TmaWork work(params.schedule, Tile::kPersistent);
   const unsigned split = work.split;
   const int group_shift = p.buffers.weight.group_shift;
   const bool has_zeros = p.buffers.weight.qzeros != nullptr;
