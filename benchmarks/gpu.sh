@@ -47,8 +47,8 @@ install_to() { # directory, then what pip is told
   python3 -m pip install -q --no-deps --no-build-isolation --upgrade --target "$site" "$@"
 }
 
-record_tests() { # file, then what pytest is told
-  python3 benchmarks/record_gpu_tests.py "$OUT/$1" -q -n "$WORKERS" --dist loadgroup "${@:2}"
+record_tests() { # file, then what pytest is told; processes enough, without threads of BLAS
+  OPENBLAS_NUM_THREADS=1 python3 benchmarks/record_gpu_tests.py "$OUT/$1" -q -n "$WORKERS" --dist loadgroup "${@:2}"
 }
 
 sanitize() { # tools and parts side by side: their instrumentation takes most of the time
