@@ -140,14 +140,15 @@ __global__ void __launch_bounds__(FewTile<kTokens>::kThreads, 1)
   if (p.buffers.overlap) WaitForKernelBefore();  // which writes the scales of rows
   const RowScales<kTokens> row_scales(epilogue, 0);
   if (epilogue.partials) epilogue.WriteOnly(split * p.batch * p.size());
-  const UnitOutputs<Unit> outputs(
-      epilogue, static_cast<int64_t>(blockIdx.y) * Tile::kOutputs + 8 * consumer.lane.word, 0);
+  const int team = warp / Tile::kTeamWarps;
+  UnitOutputs<Unit> outputs(
+      epilogue, static_cast<int64_t>(blockIdx.y) * Tile::kOutputs + 8 * consumer.lane.word,
+      Unit::kTokens * team);
   // Chunks are dealt out to the members of the cluster. Everyone pushes what he has of one into the
   // inbox of its owner, who adds in the order of members.
   const unsigned members = p.cluster ? p.splits : 1;
   const unsigned rank = p.cluster ? split : 0;
   const unsigned chunk = warp % Tile::kTeamWarps;
-  const int team = warp / Tile::kTeamWarps;
   unsigned owner = chunk, round = 0;
   while (owner >= members) owner -= members, ++round;
   const uint32_t inbox =
@@ -191,21 +192,25 @@ __global__ void __launch_bounds__(FewTile<kTokens>::kThreads, 1)
     Add(sums[i], LoadSharedFour(team_sums + team * Unit::kBytes + i * Unit::kVectorBytes));
   }
 
-  const uint32_t to = inbox + rank * Unit::kBytes + 16 * lane;
+  const uint32_t to = inbox + rank * Unit::kBytes;
   if (owner != rank) {
     const uint32_t remote = MapToRank(to, owner);
     const uint32_t barrier = MapToRank(inbox_barrier, owner);
     const int token = Unit::kTokens * team + lane % 4 * 2;
-    if (token < m) StoreClusterSharedAsync(remote, sums[0], barrier);
-    if (token + 1 < m) StoreClusterSharedAsync(remote + Unit::kVectorBytes, sums[1], barrier);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (token + i < m)
+        StoreClusterSharedAsync(remote + Unit::VectorAt(lane, i), sums[i], barrier);
+    }
     return;
   }
   if (Unit::kTokens * team >= m) return;
-  StoreSharedFour(to, sums[0]);
-  StoreSharedFour(to + Unit::kVectorBytes, sums[1]);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) StoreSharedFour(to + Unit::VectorAt(lane, i), sums[i]);
   __syncwarp();
   if (p.cluster) BarrierWait(inbox_barrier, 0);
-  outputs.Finish(epilogue, inbox, members, Unit::kTokens * team, row_scales);
+  outputs.template Finish<Tile::kTeamWarps>(epilogue, inbox, members, Unit::kTokens * team, 1,
+                                            row_scales);
 #endif
 }
 

@@ -57,12 +57,12 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
   const uint32_t shared =
       (SharedAddress(unaligned) + Tile::kAlignment - 1) / Tile::kAlignment * Tile::kAlignment;
 
-  const uint32_t inbox_barrier = shared + Tile::kInboxBarrierAt;
+  const uint32_t inbox_barriers = shared + Tile::kInboxBarriersAt;
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // known to be uniform
   const unsigned members = Tile::kCodes ? params.members : 1;
   const unsigned member = blockIdx.x % members;
   const TmaTileOrder& order = params.schedule.order;
-  TmaWork work(params.schedule);
+  TmaWork work(params.schedule, Tile::kPersistent);
   const unsigned split = work.split;
   const int group_shift = p.buffers.weight.group_shift;
   const bool has_zeros = p.buffers.weight.qzeros != nullptr;
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
         BarrierInit(Tile::Full(shared, s), 1);
         BarrierInit(Tile::Empty(shared, s), Tile::kTeamWarps * members);
       }
-      BarrierInit(inbox_barrier, 1);
+      for (int w = 0; w < Tile::kConsumerWarps; ++w) BarrierInit(inbox_barriers + 8 * w, 1);
       BarrierInitFence();
     }
     __syncwarp();
@@ -225,10 +225,12 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
     const unsigned parts = p.cluster ? p.splits : 1;
     const unsigned rank = p.cluster ? split : 0;
     const Share::Even units = params.units[row + 1 == order.rows];
+    // What this warp finishes of them.
+    const unsigned own_units =
+        (units.least + (rank < units.longer) + Tile::kTeamWarps - 1 - warp) / Tile::kTeamWarps;
     const auto expect_sums = [&] {
-      if (threadIdx.x == 0) {
-        const unsigned own = units.least + (rank < units.longer);
-        BarrierArriveExpecting(inbox_barrier, own * (parts - 1) * Unit::kBytes);
+      if (lane == 0) {
+        BarrierArriveExpecting(inbox_barriers + 8 * warp, own_units * (parts - 1) * Unit::kBytes);
       }
     };
     if (Tile::kInboxApart && p.cluster) expect_sums();
@@ -241,7 +243,7 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
     const uint32_t inbox = shared + Tile::kInboxAt;
     TmaTurns<Tile> own;
     const auto find_turns = [&] {
-      own = TmaTurns<Tile>(epilogue, inbox, parts, rank, warp, output0, token0);
+      own = TmaTurns<Tile>(epilogue, parts, rank, warp, output0, token0);
     };
     if constexpr (Tile::kTurnsFirst) {
       if (params.exchange) find_turns();
@@ -293,33 +295,33 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
     } else {
       NamedBarrierSync<kTmaConsumers, 32 * Tile::kConsumerWarps>();
     }
-    uint32_t to = own.first_to;
-    unsigned owner = own.first_owner;
+    const uint32_t own_part = inbox + rank * Unit::kBytes;
+    unsigned owner = own.owner, slot = own.slot;
 #pragma unroll
     for (int u = 0; u < kTokens / Unit::kTokens; ++u) {
       if (u * Tile::kTeamWarps >= count) break;
+      const uint32_t to = own_part + slot * parts * Unit::kBytes;
       const uint32_t remote = MapToRank(to, owner);
-      const uint32_t barrier = MapToRank(inbox_barrier, owner);
+      const uint32_t barrier = MapToRank(inbox_barriers + slot % Tile::kTeamWarps * 8, owner);
 #pragma unroll
       for (int i = 0; i < Unit::kVectors; ++i) {
         const float4 v = Unit::Vector(acc, u * Unit::kBlocks, i);
+        const uint32_t at = Unit::VectorAt(lane, i);
         if (owner == rank) {
-          StoreSharedFour(to + i * Unit::kVectorBytes, v);
+          StoreSharedFour(to + at, v);
         } else {
-          StoreClusterSharedAsync(remote + i * Unit::kVectorBytes, v, barrier);
+          StoreClusterSharedAsync(remote + at, v, barrier);
         }
       }
       owner += params.turn.longer;
-      to += params.turn.least * parts * Unit::kBytes;
-      if (owner >= parts) owner -= parts, to += parts * Unit::kBytes;
+      slot += params.turn.least;
+      if (owner >= parts) owner -= parts, ++slot;
     }
     NamedBarrierSync<kTmaConsumers, 32 * Tile::kConsumerWarps>();
-    if (p.cluster) BarrierWait(inbox_barrier, 0);
-#pragma unroll 1
-    for (unsigned u = own.unit; u < count; u += Tile::kTeamWarps * parts) {
-      own.outputs.Finish(epilogue, own.from, parts, own.token, row_scales);
-      own.from += Tile::kTeamWarps * parts * Unit::kBytes;
-      own.token += parts * Unit::kTokens;
+    if (own_units > 0) {
+      if (p.cluster) BarrierWait(inbox_barriers + 8 * warp, 0);
+      own.outputs.template Finish<Tile::kTeamWarps>(epilogue, inbox + warp * parts * Unit::kBytes,
+                                                    parts, own.token, own_units, row_scales);
     }
     if (members > 1) {  // nobody leaves while others arrive at its barriers
       ClusterArriveRelaxed();
