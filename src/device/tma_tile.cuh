@@ -71,18 +71,25 @@ constexpr int kMostTmaStages = kElementBytes == 1                        ? 16
 // Bytes for each of two CTAs of a processor, which keeps 1 KB of its 228 for each.
 constexpr int kMostSharedOfTwo = (228 / 2 - 1) * 1024;
 
-// A tile of the wgmma kernel.
-template <int kTokens, int kTiles, int kElementBytes>
-struct TmaTile : TmaPipeline<kTokens, kTiles, kElementBytes, kElementBytes == 1 ? 128 : 64,
+// Indices of the contraction in a stage: where it runs along the words, a row of them is 64 bytes.
+template <int kElementBytes, bool kTranspose>
+constexpr int kTmaDepth = kElementBytes == 1 || kTranspose ? 128 : 64;
+
+// A tile of the wgmma kernel. With kTranspose its outputs are rows of K: words, scales and zero
+// points of a stage are as many, those of a row along the contraction.
+template <int kTokens, int kTiles, int kElementBytes, bool kTranspose = false>
+struct TmaTile : TmaPipeline<kTokens, kTiles, kElementBytes, kTmaDepth<kElementBytes, kTranspose>,
                              kMostTmaStages<kTokens, kTiles, kElementBytes>> {
-  using Pipeline = TmaPipeline<kTokens, kTiles, kElementBytes, kElementBytes == 1 ? 128 : 64,
+  using Pipeline = TmaPipeline<kTokens, kTiles, kElementBytes, kTmaDepth<kElementBytes, kTranspose>,
                                kMostTmaStages<kTokens, kTiles, kElementBytes>>;
+  static_assert(!kTranspose || Pipeline::kDepth == Pipeline::kOutputs);
   static constexpr int kConsumerWarps = Pipeline::kTeamWarps;
   // One warp copies. Registers can only move to the consumers from a whole warpgroup.
   static constexpr bool kMoveRegisters = kTokens * kTiles >= (Pipeline::kCodes ? 96 : 256);
   static constexpr int kThreads = 32 * (kConsumerWarps + (kMoveRegisters ? 4 : 1));
   static constexpr int kCtas = !Pipeline::kCodes && kTokens * kTiles <= 96 ? 2 : 1;  // a processor
-  static constexpr bool kStreams = !Pipeline::kCodes && kCtas == 1;  // can share tiles: stream_*
+  static constexpr bool kStreams =  // can share tiles: stream_*
+      !Pipeline::kCodes && !kTranspose && kCtas == 1;
   static constexpr bool kFewRegisters = kCtas > 1 && kTokens* kTiles > 64;
   // Whether what every warp finishes is found before the loop over K: where registers are left.
   static constexpr bool kTurnsFirst = !Pipeline::kCodes && kTiles == 1 && kTokens <= 128;

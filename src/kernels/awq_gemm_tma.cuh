@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "device/consumer_codes.cuh"
+#include "device/consumer_transposed.cuh"
 #include "device/consumer_wgmma.cuh"
 #include "device/epilogue.cuh"
 #include "device/ptx.cuh"
@@ -39,19 +40,21 @@ struct AwqGemmTmaParams {
 constexpr int kTmaBarriersReady = 1;
 constexpr int kTmaConsumers = 2;
 
-template <typename T, typename S, int kTokens, int kTiles>
-using TmaConsumer = std::conditional_t<sizeof(T) == 1, CodesConsumer<T, kTokens, kTiles>,
-                                       WgmmaConsumer<T, S, kTokens, kTiles>>;
+template <typename T, typename S, int kTokens, int kTiles, bool kTranspose>
+using TmaConsumer =
+    std::conditional_t<sizeof(T) == 1, CodesConsumer<T, kTokens, kTiles>,
+                       std::conditional_t<kTranspose, TransposedConsumer<T, S, kTokens>,
+                                          WgmmaConsumer<T, S, kTokens, kTiles>>>;
 
-template <typename T, typename S, int kTokens, int kTiles>
-__global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
-                                  TmaTile<kTokens, kTiles, sizeof(T)>::kCtas)
+template <typename T, typename S, int kTokens, int kTiles, bool kTranspose>
+__global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T), kTranspose>::kThreads,
+                                  TmaTile<kTokens, kTiles, sizeof(T), kTranspose>::kCtas)
     AwqGemmTmaKernel(const __grid_constant__ AwqGemmTmaParams params) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using Tile = TmaTile<kTokens, kTiles, sizeof(T)>;
+  using Tile = TmaTile<kTokens, kTiles, sizeof(T), kTranspose>;
   using Lane = TmaLane<Tile>;
   using Unit = typename Tile::Unit;
-  using Consumer = TmaConsumer<T, S, kTokens, kTiles>;
+  using Consumer = TmaConsumer<T, S, kTokens, kTiles, kTranspose>;
   const AwqGemmParams& p = params.p;
   extern __shared__ char unaligned[];
   const uint32_t shared =
@@ -133,11 +136,13 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
         }
         const int depth = (first + i) * Tile::kDepth;
         BarrierArriveExpecting(barrier, bytes);
-        CopyBox(words, &params.words, output0 / 8, depth, weight_batch, barrier);
-        CopyBox(Tile::Scales(shared, stage), &params.scales, output0, depth >> group_shift,
+        const int column = kTranspose ? depth : output0;  // of the weight
+        const int row = kTranspose ? output0 : depth;
+        CopyBox(words, &params.words, column / 8, row, weight_batch, barrier);
+        CopyBox(Tile::Scales(shared, stage), &params.scales, column, row >> group_shift,
                 weight_batch, barrier);
         if (zeros_in_stage) {
-          CopyBox(Tile::Zeros(shared, stage), &params.zeros, output0 / 8, depth >> group_shift,
+          CopyBox(Tile::Zeros(shared, stage), &params.zeros, column / 8, row >> group_shift,
                   weight_batch, barrier);
         }
       };
@@ -341,9 +346,9 @@ static __global__ void ClearCountsKernel(uint32_t* counts, unsigned ctas) {
   for (unsigned i = threadIdx.x; i < ctas; i += blockDim.x) counts[i] = 0;
 }
 
-template <typename T, typename S, int kTokens, int kTiles>
+template <typename T, typename S, int kTokens, int kTiles, bool kTranspose = false>
 cudaError_t LaunchTmaTile(const AwqGemmPlan& plan, const AwqGemmParams& p, cudaStream_t stream) {
-  using Tile = TmaTile<kTokens, kTiles, sizeof(T)>;
+  using Tile = TmaTile<kTokens, kTiles, sizeof(T), kTranspose>;
   const TensorMaps* maps = TensorMaps::Get();
   if (maps == nullptr) return cudaErrorNotSupported;
   const AwqWeight& w = p.buffers.weight;
@@ -373,13 +378,14 @@ cudaError_t LaunchTmaTile(const AwqGemmPlan& plan, const AwqGemmParams& p, cudaS
                                                                : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const int64_t x_batch = params.batch_x ? p.batch : 1;
   const int64_t weight_batch = params.batch_weight ? p.batch : 1;
-  params.group_rows = std::max(1, Tile::kDepth >> w.group_shift);
+  params.group_rows = std::max(1, (kTranspose ? Tile::kOutputs : Tile::kDepth) >> w.group_shift);
   bool encoded = maps->EncodeWeight(&params.words, &params.scales, &params.zeros, w, weight_batch,
-                                    Tile::kOutputs, Tile::kDepth, params.group_rows);
+                                    kTranspose ? Tile::kDepth : Tile::kOutputs,
+                                    kTranspose ? Tile::kOutputs : Tile::kDepth, params.group_rows);
   for (int last = 0; last < 2; ++last) {
-    encoded =
-        encoded && maps->Encode(&params.x[last], type, sizeof(T), p.buffers.x, w.k, p.m, x_batch,
-                                Tile::kPartDepth, params.x_rows[last], CU_TENSOR_MAP_SWIZZLE_128B);
+    encoded = encoded && maps->Encode(&params.x[last], type, sizeof(T), p.buffers.x, p.contraction,
+                                      p.m, x_batch, Tile::kPartDepth, params.x_rows[last],
+                                      CU_TENSOR_MAP_SWIZZLE_128B);
     if (!Tile::kCodes) continue;
     encoded = encoded && maps->Encode(&params.sums[last], CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2,
                                       p.buffers.chunk_sums, ChunkSumColumns(w.k), p.m, x_batch, 64,
@@ -410,14 +416,29 @@ cudaError_t LaunchTmaTile(const AwqGemmPlan& plan, const AwqGemmParams& p, cudaS
     ClearCountsKernel<<<1, 256, 0, stream>>>(params.parts.counts, static_cast<unsigned>(groups));
     if (const cudaError_t error = cudaGetLastError()) return error;
   }
-  return LaunchClusters(
-      AwqGemmTmaKernel<T, S, kTokens, kTiles>, params, p.cluster_size() * params.members,
-      dim3(static_cast<unsigned>(groups * p.splits * params.members)), Tile::kThreads,
-      Tile::kSharedBytes, stream, p.buffers.overlap || plan.stream_k);
+  return LaunchClusters(AwqGemmTmaKernel<T, S, kTokens, kTiles, kTranspose>, params,
+                        p.cluster_size() * params.members,
+                        dim3(static_cast<unsigned>(groups * p.splits * params.members)),
+                        Tile::kThreads, Tile::kSharedBytes, stream,
+                        p.buffers.overlap || plan.stream_k);
+}
+
+template <typename T, typename S>
+cudaError_t LaunchTransposedTiles(const AwqGemmPlan& plan, const AwqGemmParams& p,
+                                  cudaStream_t stream) {
+  switch (plan.tile_tokens) {
+    case 128:
+      return LaunchTmaTile<T, S, 128, 1, true>(plan, p, stream);
+    case 256:
+      return LaunchTmaTile<T, S, 256, 1, true>(plan, p, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
 }
 
 template <typename T, typename S>
 cudaError_t LaunchTmaTiles(const AwqGemmPlan& plan, const AwqGemmParams& p, cudaStream_t stream) {
+  if (p.transpose) return LaunchTransposedTiles<T, S>(plan, p, stream);
   switch (plan.tile_tokens * 1000 + plan.tile_outputs) {
     case 32128:
       return LaunchTmaTile<T, S, 32, 1>(plan, p, stream);
