@@ -80,7 +80,8 @@ __device__ __forceinline__ void Produce(const FewParams& params, const Share& sh
   __syncwarp();
   NamedBarrierArrive<kBarriersReady, Tile::kThreads>();
   if (p.cluster) ClusterArriveRelaxed();  // the fence above is release enough for barriers
-  const int begun = min(Tile::kInFlight, share.count);
+  // While x is still written nothing is in a hurry, and memory would idle.
+  const int begun = min(p.buffers.overlap ? Tile::kStages : Tile::kInFlight, share.count);
 #pragma unroll 1
   for (int i = 0; i < begun; ++i) {
     if (ElectOne()) {
@@ -96,7 +97,8 @@ __device__ __forceinline__ void Produce(const FewParams& params, const Share& sh
     }
   }
   StageCounter<Tile::kStages> at, arriving;
-  at.stage = begun;
+  at.stage = begun % Tile::kStages;
+  at.phase = begun / Tile::kStages;
 #pragma unroll 1
   for (int i = begun; i < share.count; ++i) {
     BarrierWait(Tile::Full(shared, arriving.stage), arriving.phase);
