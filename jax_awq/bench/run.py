@@ -5,12 +5,13 @@ import functools
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import jax
 
 import jax_awq
-from jax_awq.bench.impls import IMPLS, Case, weights
+from jax_awq.bench.impls import IMPLS, Case, Impl, weights
 from jax_awq.bench.timing import (
     MIN_CALLS,
     MIN_WEIGHT_BYTES,
@@ -65,12 +66,15 @@ def run(
                         max(copies, MIN_CALLS) if impl.of_rows or op == "awq_dequantize" else copies
                     )
                     data = weights(impl, case, copies)
-                    for m in some if impl.takes_x else [0]:
-                        case = dataclasses.replace(case, m=m)
-                        row = _time(op, name, case, data, repeats, min_seconds)
+                    cases = [
+                        dataclasses.replace(case, m=m) for m in (some if impl.takes_x else [0])
+                    ]
+                    for case, loop in zip(cases, _compile(op, name, cases, data), strict=True):
+                        row = _time(op, name, case, data, loop, repeats, min_seconds)
                         results.append(row)
                         print(
-                            f"{op} K={case.k} N={case.n} M={m} {dtype} {name}: {row['us']:.2f} us, "
+                            f"{op} K={case.k} N={case.n} M={case.m} {dtype} {name}: "
+                            f"{row['us']:.2f} us, "
                             f"{row['us'] / row['floor_us']:.2f} x floor"
                             f"{_kernel(op, name, case, data)}",
                             file=sys.stderr,
@@ -80,30 +84,54 @@ def run(
             yield results
 
 
+class _Loop(NamedTuple):
+    """What is timed of one case: for each way to launch the op, so many calls of it."""
+
+    programs: list[Callable[..., Any]]
+    calls: int
+
+
+def _compile(op: str, name: str, cases: Sequence[Case], data: list[Any]) -> list[_Loop]:
+    """The loops of all cases before any is timed: ours side by side, which is most of the time."""
+    impl = IMPLS[op][name]
+    lowered, loops = [], []
+    for case in cases:
+        calls = calls_for(len(data))
+        flops_us = 2 * case.m * case.k * case.n / FLOPS_PER_SECOND * 1e6
+        # At least two, or XLA would remove the loop; more for short calls, to hide the start of it.
+        floor = max(floor_us(op, name, case), flops_us, 3)
+        iterations = min(32, max(2, math.ceil(1000 / (calls * floor))))
+        xs = jax.eval_shape(functools.partial(_make_xs, impl, case, calls // len(data)))
+        for launch in range(impl.launches):
+            run = impl.run if impl.launches == 1 else functools.partial(impl.run, launch=launch)
+            lowered.append(jax.jit(chained_loop(run, iterations)).lower(xs, data))
+        loops.append(calls * iterations)
+    # XLA times candidates for a product of its own on the device while it compiles it: one by one.
+    with ThreadPoolExecutor(1 if name.startswith("xla") else None) as pool:
+        programs = list(pool.map(lambda program: program.compile(), lowered))
+    launches = impl.launches
+    return [
+        _Loop(programs[i * launches : (i + 1) * launches], calls) for i, calls in enumerate(loops)
+    ]
+
+
+def _make_xs(impl: Impl, case: Case, count: int) -> list[Any]:
+    return [impl.make_x(key, case) for key in jax.random.split(jax.random.key(1), count)]
+
+
 def _time(
     op: str,
     impl: str,
     case: Case,
     data: list[tuple[Any, ...]],
+    loop: _Loop,
     repeats: int,
     min_seconds: float,
 ) -> dict[str, Any]:
-    calls = calls_for(len(data))
-    floor = floor_us(op, impl, case)
-    flops_us = 2 * case.m * case.k * case.n / FLOPS_PER_SECOND * 1e6
-    # At least two, or XLA would remove the loop; more for short calls, to hide the start of it.
-    iterations = min(32, max(2, math.ceil(1000 / (calls * max(floor, flops_us, 3)))))
-    keys = jax.random.split(jax.random.key(1), calls // len(data))
-    operands = [IMPLS[op][impl].make_x(key, case) for key in keys], data
-
-    def seconds_of(call: Callable[..., Any]) -> float:
-        program = jax.jit(chained_loop(call, iterations)).lower(*operands).compile()
-        return time_program(lambda: program(*operands), repeats=repeats, min_seconds=min_seconds)
-
-    run, launches = IMPLS[op][impl].run, IMPLS[op][impl].launches
+    xs = _make_xs(IMPLS[op][impl], case, calls_for(len(data)) // len(data))
     seconds = min(
-        seconds_of(run if launches == 1 else functools.partial(run, launch=launch))
-        for launch in range(launches)
+        time_program(functools.partial(program, xs, data), repeats=repeats, min_seconds=min_seconds)
+        for program in loop.programs
     )
     return {
         "op": op,
@@ -113,8 +141,8 @@ def _time(
         "K": case.k,
         "group_size": case.group_size,
         "dtype": case.dtype,
-        "us": round(seconds / (calls * iterations) * 1e6, 3),
-        "floor_us": round(floor, 3),
+        "us": round(seconds / loop.calls * 1e6, 3),
+        "floor_us": round(floor_us(op, impl, case), 3),
     }
 
 
