@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_awq.ops._activation import QuantizedActivation, pack_codes
+from jax_awq.ops._activation import QuantizedActivation
 from jax_awq.ops.awq_gemm_w4a4 import awq_gemm_w4a4
 from jax_awq.ops.awq_gemm_w4a8 import awq_gemm_w4a8
 from jax_awq.testing import (
@@ -68,13 +68,11 @@ class W4A8Problem:
         q, scale = self.rounded()
         bits = 4 if self.codes == "int4" else 8
         scale = scale[..., 0] if self.granularity == "token" else scale
-        return QuantizedActivation(
-            np.asarray(pack_codes(jnp.asarray(q), bits)),
-            scale,
-            bits=bits,
-            granularity=self.granularity,
-            k=q.shape[-1],
-        )
+        k = q.shape[-1]
+        if bits == 4:  # the even code of a byte is the low one
+            q = np.pad(q, [(0, 0)] * (q.ndim - 1) + [(0, k % 2)])
+            q = q[..., ::2] & 0xF | q[..., 1::2] << 4
+        return QuantizedActivation(q, scale, bits=bits, granularity=self.granularity, k=k)
 
     def float64(self) -> np.ndarray:
         return self._result(np.float64)

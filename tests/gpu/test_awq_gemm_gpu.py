@@ -18,6 +18,7 @@ from gpu.variants import (
     assert_same_bits,
     check,
     on_cpu,
+    one_process,
     problem_of,
     refusals,
 )
@@ -138,7 +139,7 @@ def solved(case):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", one_process(CASES))
 def test_product(case, variant, force):
     operands, exact, reference = solved(case)
     check(force, variant, case.product, *operands, exact=exact, reference=reference)
@@ -169,7 +170,7 @@ def solved_transposed(case):
 
 
 @pytest.mark.parametrize("variant", TRANSPOSED)
-@pytest.mark.parametrize("case", TRANSPOSED_CASES, ids=str)
+@pytest.mark.parametrize("case", one_process(TRANSPOSED_CASES))
 def test_transposed_product(case, variant, force):
     operands, exact, reference = solved_transposed(case)
     check(force, variant, case.cotangent, *operands, exact=exact, reference=reference)
@@ -242,7 +243,7 @@ def solved_batched(case, mapped):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize(("case", "mapped"), BATCHED_CASES, ids=str)
+@pytest.mark.parametrize(("case", "mapped"), one_process(BATCHED_CASES))
 def test_batched(case, mapped, variant, force):
     function, operands, exact, reference = solved_batched(case, mapped)
     check(force, variant, function, *operands, exact=exact, reference=reference)

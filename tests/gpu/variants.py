@@ -104,6 +104,16 @@ class Case:
         return dx
 
 
+def one_process(cases: Any) -> list[Any]:
+    """Parameters, each of whose tests run in one process (--dist loadgroup): solved once."""
+    params = [case if isinstance(case, tuple) else (case,) for case in cases]
+    names = ["-".join(map(str, values)) for values in params]
+    return [
+        pytest.param(*values, id=name, marks=pytest.mark.xdist_group(name))
+        for values, name in zip(params, names, strict=True)
+    ]
+
+
 @functools.cache
 def problem_of(case: Case, batch: tuple[int, ...] = ()) -> Any:
     problem = random_problem(
