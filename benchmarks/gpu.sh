@@ -47,7 +47,7 @@ install_to() { # directory, then what pip is told
   python3 -m pip install -q --no-deps --no-build-isolation --upgrade --target "$site" "$@"
 }
 
-record_tests() { # file, then what pytest is told; processes enough, without threads of BLAS
+record_tests() { # file, then what pytest is told; there are enough processes without BLAS's threads
   OPENBLAS_NUM_THREADS=1 python3 benchmarks/record_gpu_tests.py "$OUT/$1" -q -n "$WORKERS" --dist loadgroup "${@:2}"
 }
 

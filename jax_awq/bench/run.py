@@ -22,7 +22,7 @@ from jax_awq.bench.timing import (
 )
 from jax_awq.problems import Problem
 
-# Measured: the dense product of XLA on an H200 at its best (an H100 gave up to 727 TFLOP/s), and
+# Measured: the dense product of XLA on an H200 at its best (an H100 gave up to 748 TFLOP/s), and
 # what more bytes to read cost.
 FLOPS_PER_SECOND = 660e12
 READ_BYTES_PER_SECOND = {"NVIDIA H200": 4.6e12, "NVIDIA H100 80GB HBM3": 3.1e12}
@@ -87,12 +87,12 @@ def run(
 class _Loop(NamedTuple):
     """What is timed of one case: for each way to launch the op, so many calls of it."""
 
-    programs: list[Callable[..., Any]]
+    programs: Sequence[Callable[..., Any]]
     calls: int
 
 
 def _compile(op: str, name: str, cases: Sequence[Case], data: list[Any]) -> list[_Loop]:
-    """The loops of all cases before any is timed: ours side by side, which is most of the time."""
+    """The loops of all cases before any is timed, side by side: compiling is most of the time."""
     impl = IMPLS[op][name]
     lowered, loops = [], []
     for case in cases:
@@ -101,22 +101,31 @@ def _compile(op: str, name: str, cases: Sequence[Case], data: list[Any]) -> list
         # At least two, or XLA would remove the loop; more for short calls, to hide the start of it.
         floor = max(floor_us(op, name, case), flops_us, 3)
         iterations = min(32, max(2, math.ceil(1000 / (calls * floor))))
-        xs = jax.eval_shape(functools.partial(_make_xs, impl, case, calls // len(data)))
+        xs = jax.eval_shape(functools.partial(_make_xs, impl, case, len(data)))
         for launch in range(impl.launches):
             run = impl.run if impl.launches == 1 else functools.partial(impl.run, launch=launch)
             lowered.append(jax.jit(chained_loop(run, iterations)).lower(xs, data))
         loops.append(calls * iterations)
-    # XLA times candidates for a product of its own on the device while it compiles it: one by one.
-    with ThreadPoolExecutor(1 if name.startswith("xla") else None) as pool:
-        programs = list(pool.map(lambda program: program.compile(), lowered))
+    # For a product of its own XLA times candidates on the device, which nothing else must use then.
+    alone = ["dot_general" in program.as_text() for program in lowered]
+    with ThreadPoolExecutor() as pool:
+        others = [
+            None if a else pool.submit(p.compile) for a, p in zip(alone, lowered, strict=True)
+        ]
+    programs = [
+        program.compile() if other is None else other.result()
+        for other, program in zip(others, lowered, strict=True)
+    ]
     launches = impl.launches
     return [
         _Loop(programs[i * launches : (i + 1) * launches], calls) for i, calls in enumerate(loops)
     ]
 
 
-def _make_xs(impl: Impl, case: Case, count: int) -> list[Any]:
-    return [impl.make_x(key, case) for key in jax.random.split(jax.random.key(1), count)]
+def _make_xs(impl: Impl, case: Case, copies: int) -> list[Any]:
+    """As many as all calls of an iteration take with so many weights."""
+    keys = jax.random.split(jax.random.key(1), calls_for(copies) // copies)
+    return [impl.make_x(key, case) for key in keys]
 
 
 def _time(
@@ -128,7 +137,7 @@ def _time(
     repeats: int,
     min_seconds: float,
 ) -> dict[str, Any]:
-    xs = _make_xs(IMPLS[op][impl], case, calls_for(len(data)) // len(data))
+    xs = _make_xs(IMPLS[op][impl], case, len(data))
     seconds = min(
         time_program(functools.partial(program, xs, data), repeats=repeats, min_seconds=min_seconds)
         for program in loop.programs
