@@ -4,7 +4,7 @@
 //     nvcc -O3 -std=c++17 -Isrc -gencode=arch=compute_90a,code=sm_90a benchmarks/sweep.cu
 //         src/kernels/*.cu src/kernels/*.cc -o sweep
 //     ./sweep "4096,4096 14336,4096" "1 16 64" "tma_64x256:4 few_8x256 decode_8"
-//     [f16|bf16|s8|e4m3] [G]
+//     [f16|bf16|s8|e4m3] [G] [transposed]
 //
 // One line a measurement: K N G M dtype variant split us error, the error against the simt kernel
 // relative to the largest result. A variant without a split takes the plan's,
@@ -104,7 +104,8 @@ float ToFloat(__nv_bfloat16 v) { return __bfloat162float(v); }
 
 template <typename T>
 void Sweep(const std::vector<std::string>& shapes, const std::vector<std::string>& ms,
-           const std::vector<std::string>& variants, DType dtype, DType x_dtype, int64_t group) {
+           const std::vector<std::string>& variants, DType dtype, DType x_dtype, int64_t group,
+           bool transpose) {
   constexpr size_t kPool = size_t{1} << 30;
   constexpr double kColdBytes = 240e6;
   cudaStream_t stream;
@@ -157,6 +158,7 @@ void Sweep(const std::vector<std::string>& shapes, const std::vector<std::string
       p.x_dtype = p.scales_dtype = p.out_dtype = dtype;
       p.has_zeros = true;
       p.fused_only = true;
+      p.transpose = transpose;
       auto buffers = [&](int copy, T* to) {
         AwqGemmBuffers b = {};
         b.weight.k = k;
@@ -174,7 +176,7 @@ void Sweep(const std::vector<std::string>& shapes, const std::vector<std::string
         b.workspace = workspace;
         return b;
       };
-      const size_t outputs = p.m * n;
+      const size_t outputs = p.m * p.outputs();
       auto launch = [&](const AwqGemmProblem& problem, const AwqGemmPlan& plan, int copy, T* to) {
         AwqGemmBuffers b = buffers(copy, to);
         if (problem.x_dtype == x_dtype && codes) b.x = x_codes;
@@ -259,8 +261,10 @@ int main(int argc, char** argv) {
   if (argc < 4) return 2;
   const std::string dtype = argc > 4 ? argv[4] : "f16";
   const int64_t group = argc > 5 ? std::stol(argv[5]) : 128;
+  const bool transpose = argc > 6 && argv[6] == std::string("transposed");
   const auto sweep = [&](auto type, DType scales, DType x) {
-    Sweep<decltype(type)>(Words(argv[1]), Words(argv[2]), Words(argv[3]), scales, x, group);
+    Sweep<decltype(type)>(Words(argv[1]), Words(argv[2]), Words(argv[3]), scales, x, group,
+                          transpose);
   };
   if (dtype == "bf16") {
     sweep(__nv_bfloat16(), DType::kBF16, DType::kBF16);

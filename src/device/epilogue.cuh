@@ -302,22 +302,12 @@ class HalfWord {
   // tokens on. Called by whole warps. There is no activation.
   __device__ __forceinline__ void Store(const EpilogueParams& p, const float (&v)[kTiles][4],
                                         int block) const {
-    const bool has_odd = HasOdd();
-    float of[2][2 * kTiles];  // the two tokens
-#pragma unroll
-    for (int i = 0; i < 2 * kTiles; ++i) {
-      of[0][i] = v[i / 2][i % 2 * 2] + bias_[i];
-      of[1][i] = v[i / 2][i % 2 * 2 + 1] + bias_[i];
-    }
-    float mine[2 * kTiles], other[2 * kTiles];
-#pragma unroll
-    for (int i = 0; i < 2 * kTiles; ++i) {
-      mine[i] = has_odd ? of[1][i] : of[0][i];
-      other[i] = has_odd ? of[0][i] : of[1][i];
-    }
     const bool store = 8 * block < tokens_;
     char* to = to_ + 8 * block * p.outputs * SizeOf(p.out_dtype);
     if (p.out_dtype == DType::kF32) {
+      const bool has_odd = HasOdd();
+      float mine[2 * kTiles], other[2 * kTiles];
+      Choose(v, mine, other);
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
         float4 four;
@@ -332,6 +322,21 @@ class HalfWord {
       return;
     }
     uint32_t pairs[2 * kTiles];
+    Round(p, v, pairs);
+    if (!store) return;
+    if constexpr (kTiles == 2) {
+      *reinterpret_cast<uint4*>(to) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    } else {
+      *reinterpret_cast<uint2*>(to) = make_uint2(pairs[0], pairs[1]);
+    }
+  }
+
+  // This lane's consecutive outputs of its one token, in 16 bits.
+  __device__ __forceinline__ void Round(const EpilogueParams& p, const float (&v)[kTiles][4],
+                                        uint32_t (&pairs)[2 * kTiles]) const {
+    const bool has_odd = HasOdd();
+    float mine[2 * kTiles], other[2 * kTiles];
+    Choose(v, mine, other);
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
       const uint32_t own = PackPair(mine[2 * j], mine[2 * j + 1], p.out_dtype);
@@ -342,15 +347,22 @@ class HalfWord {
       pairs[2 * j] = SelectBytes(even, odd, 0x5410);
       pairs[2 * j + 1] = SelectBytes(even, odd, 0x7632);
     }
-    if (!store) return;
-    if constexpr (kTiles == 2) {
-      *reinterpret_cast<uint4*>(to) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-    } else {
-      *reinterpret_cast<uint2*>(to) = make_uint2(pairs[0], pairs[1]);
-    }
   }
 
  private:
+  // Of the token that this lane stores, and of the one that its neighbour does.
+  __device__ __forceinline__ void Choose(const float (&v)[kTiles][4], float (&mine)[2 * kTiles],
+                                         float (&other)[2 * kTiles]) const {
+    const bool has_odd = HasOdd();
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles; ++i) {
+      const float first = v[i / 2][i % 2 * 2] + bias_[i];
+      const float second = v[i / 2][i % 2 * 2 + 1] + bias_[i];
+      mine[i] = has_odd ? second : first;
+      other[i] = has_odd ? first : second;
+    }
+  }
+
   char* to_;
   int tokens_;  // from this lane's on, in y
   float bias_[2 * kTiles];
@@ -369,6 +381,9 @@ struct SumUnit {
   static constexpr int kVectorBytes = 32 * 16;
   static constexpr int kBytes = kVectors * kVectorBytes;
 
+  // Where units may begin, from `at` on: addresses in them are told apart by bit.
+  static constexpr int Aligned(int at) { return (at + 127) / 128 * 128; }
+
   // Vector i of the sums acc[j][4 b + 2 h + t] of blocks b of eight tokens, from `block` on: the
   // even or the odd outputs of a word for token i of two, or of half a word in two blocks, or of
   // half a word for both tokens.
@@ -378,9 +393,21 @@ struct SumUnit {
     const float* second = kTiles == 2 ? acc[1] + 4 * block + i : first + (kBlocks == 2 ? 4 : 1);
     return make_float4(first[0], first[2], second[0], second[2]);
   }
+
+  // Where a lane's vector i lies. Whoever reads takes both vectors at once: in other banks.
+  __device__ static uint32_t VectorAt(unsigned lane, int i) {
+    return i * kVectorBytes + (lane * 16 ^ i * 64);
+  }
+
+  // Where the even outputs lie of word `lane` / 8 and of token `lane` % 8 (and eight on); the odd
+  // ones are at that address with bit 6 the other way round.
+  __device__ static uint32_t EvensAt(unsigned lane) {
+    const unsigned owner = lane / 8 * 8 + lane % 8 / 2;
+    return kVectors == 2 ? VectorAt(owner, lane % 2) : owner * 16 + lane % 2 * 8;
+  }
 };
 
-// What a lane finishes of a unit: eight outputs of one token, or four of one or of two that are
+// What a lane finishes of units: eight outputs of one token, or four of one or of two that are
 // eight apart.
 template <typename Unit>
 class UnitOutputs {
@@ -390,78 +417,94 @@ class UnitOutputs {
 
  public:
   UnitOutputs() = default;
-  // `output`: the first that this lane has of its word; `token0`: the first of the tile.
-  __device__ __forceinline__ UnitOutputs(const EpilogueParams& p, int64_t output, int64_t token0)
-      : valid_(output < p.outputs) {
+  // `output`: the first that this lane has of its word; `token`: the first of the first unit.
+  __device__ __forceinline__ UnitOutputs(const EpilogueParams& p, int64_t output, int64_t token) {
+    const bool valid = output < p.outputs;
+    token += threadIdx.x % 8;
 #pragma unroll
     for (int i = 0; i < kOutputs; ++i) {
-      bias_[i] = p.bias && valid_ ? LoadAsFloat(p.bias, output + i, p.bias_dtype) : 0.0f;
+      bias_[i] = p.bias && valid ? LoadAsFloat(p.bias, output + i, p.bias_dtype) : 0.0f;
     }
-    to_ = static_cast<char*>(p.y) + (token0 * p.outputs + output) * SizeOf(p.out_dtype);
-    tokens_ = static_cast<int>(min(p.m - token0, int64_t{INT32_MAX}));
+    to_ = static_cast<char*>(p.y) + (token * p.outputs + output) * SizeOf(p.out_dtype);
+    tokens_ = valid ? static_cast<int>(min(p.m - token, int64_t{INT32_MAX})) : 0;
   }
 
-  // Adds `parts` of a unit, one behind the other from `unit` on, in their order, so that a sum
-  // depends neither on timing nor on who adds, and finishes and stores them. `token`: of the tile,
-  // the unit's first. Called by whole warps.
-  template <typename Scales>
+  // Finishes and stores `count` units of a warp. `parts` of each lie one behind the other from
+  // `unit` on and are added in this order, so that a sum depends neither on timing nor on who adds.
+  // What the other warps of kWarps finish lies between one unit and the next, which is `parts`
+  // units of tokens on. `token`: of the tile, the first unit's first. Called by whole warps.
+  template <int kWarps, typename Scales>
   __device__ __forceinline__ void Finish(const EpilogueParams& p, uint32_t unit, unsigned parts,
-                                         unsigned token, const Scales& row_scales) const {
-    const unsigned lane = threadIdx.x % 32;
-    // Those with the even outputs of this lane's word and tokens; 64 bytes on are the odd ones.
-    const uint32_t from = unit + (lane / 8 * 8 + lane % 8 / 2) * 16 +
-                          lane % 2 * (Unit::kVectors == 2 ? Unit::kVectorBytes : 8);
-    float evens[kMaxCluster][kValues / 2], odds[kMaxCluster][kValues / 2];
+                                         unsigned token, unsigned count, const Scales& row_scales) {
+    uint32_t from = unit + Unit::EvensAt(threadIdx.x % 32);
+    token += threadIdx.x % 8;
+    const int64_t row_bytes = p.outputs * SizeOf(p.out_dtype);
+#pragma unroll 1
+    for (; count > 0; --count) {
+      float v[kValues];
+      Sum(from, parts, v);
+      if (p.row_scale) {
 #pragma unroll
-    for (int r = 0; r < kMaxCluster; ++r) {
-      if (r >= parts) continue;
-      LoadShared(evens[r], from + r * Unit::kBytes);
-      LoadShared(odds[r], from + r * Unit::kBytes + 64);
-    }
+        for (int n = 0; n < kTokens; ++n) {
+          const float scale = row_scales.Of(token + 8 * n);
 #pragma unroll
-    for (int r = 1; r < kMaxCluster; ++r) {
-      if (r >= parts) continue;
+          for (int i = 0; i < kOutputs; ++i) v[n * kOutputs + i] *= scale;
+        }
+      }
 #pragma unroll
-      for (int i = 0; i < kValues / 2; ++i) evens[0][i] += evens[r][i], odds[0][i] += odds[r][i];
-    }
-    float v[kValues];
+      for (int i = 0; i < kValues; ++i) v[i] += bias_[i % kOutputs];
+      if (__builtin_expect(p.activation != Activation::kNone, 0)) {
+        // One after the other through the same instructions: copies of all activations would stand
+        // between the sums and what stores them.
+#pragma unroll 1
+        for (int n = 0; n < kValues; ++n) {
+          const float next = Activate(v[0], p.activation);
 #pragma unroll
-    for (int i = 0; i < kValues; ++i) v[i] = i % 2 ? odds[0][i / 2] : evens[0][i / 2];
-    token += lane % 8;
-    if (p.row_scale) {
+          for (int i = 0; i < kValues - 1; ++i) v[i] = v[i + 1];
+          v[kValues - 1] = next;
+        }
+      }
 #pragma unroll
       for (int n = 0; n < kTokens; ++n) {
-        const float scale = row_scales.Of(token + 8 * n);
-#pragma unroll
-        for (int i = 0; i < kOutputs; ++i) v[n * kOutputs + i] *= scale;
+        if (8 * n >= tokens_) continue;
+        StoreRounded<kOutputs>(to_ + n * 8 * row_bytes, v + n * kOutputs, p.out_dtype);
       }
-    }
-#pragma unroll
-    for (int i = 0; i < kValues; ++i) v[i] += bias_[i % kOutputs];
-    if (__builtin_expect(p.activation != Activation::kNone, 0)) {
-      // One after the other through the same instructions: copies of all activations would stand
-      // between the sums and what stores them.
-#pragma unroll 1
-      for (int n = 0; n < kValues; ++n) {
-        const float next = Activate(v[0], p.activation);
-#pragma unroll
-        for (int i = 0; i < kValues - 1; ++i) v[i] = v[i + 1];
-        v[kValues - 1] = next;
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < kTokens; ++n) {
-      const int at = static_cast<int>(token) + 8 * n;
-      if (!valid_ || at >= tokens_) continue;
-      StoreRounded<kOutputs>(to_ + at * p.outputs * SizeOf(p.out_dtype), v + n * kOutputs,
-                             p.out_dtype);
+      from += kWarps * parts * Unit::kBytes;
+      to_ += parts * Unit::kTokens * row_bytes;
+      tokens_ -= parts * Unit::kTokens;
+      token += parts * Unit::kTokens;
     }
   }
 
  private:
+  // Two parts at a time, after the first where their number is odd.
+  __device__ __forceinline__ static void Sum(uint32_t from, unsigned parts, float (&v)[kValues]) {
+    float first[kValues], second[kValues];
+    Load(from, v);
+    if (parts % 2 == 0) {
+      Load(from + Unit::kBytes, second);
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) v[i] += second[i];
+    }
+#pragma unroll 1
+    for (unsigned r = 2 - parts % 2; r < parts; r += 2) {
+      Load(from + r * Unit::kBytes, first);
+      Load(from + (r + 1) * Unit::kBytes, second);
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) v[i] = v[i] + first[i] + second[i];
+    }
+  }
+
+  __device__ __forceinline__ static void Load(uint32_t from, float (&v)[kValues]) {
+    float evens[kValues / 2], odds[kValues / 2];
+    LoadShared(evens, from);
+    LoadShared(odds, from ^ 64);
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) v[i] = i % 2 ? odds[i / 2] : evens[i / 2];
+  }
+
   char* to_;
-  int tokens_;  // of the tile, and of those after it
-  bool valid_;
+  int tokens_;  // from the first unit's on, in y
   float bias_[kOutputs];
 };
 

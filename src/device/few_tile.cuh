@@ -39,7 +39,7 @@ struct FewTile : TmaPipeline<kTokens, 2, 2, 128, 6> {
   static constexpr int kChunkBytes = kUnits * Unit::kBytes;
   static constexpr int kInboxBarrierAt = Pipeline::kPipelineBytes;
   static constexpr int kTeamSumsAt = kInboxBarrierAt + 16;
-  static constexpr int kInboxAt = kTeamSumsAt + Pipeline::kTeamWarps * kChunkBytes;
+  static constexpr int kInboxAt = Unit::Aligned(kTeamSumsAt + Pipeline::kTeamWarps * kChunkBytes);
   static constexpr int kSharedBytes =
       kInboxAt + MostParts(Pipeline::kTeamWarps) * kChunkBytes + Pipeline::kAlignment;
   static_assert(kSharedBytes <= 227 * 1024);

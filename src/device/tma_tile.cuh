@@ -61,32 +61,47 @@ struct TmaPipeline {
 };
 
 // With less to multiply, more copies in flight than memory needs only let some CTAs run ahead of
-// others, and the last to end decides.
+// others, and the last to end decides. One stage less of 64 x 128 makes room for its inbox.
 template <int kTokens, int kTiles, int kElementBytes>
-constexpr int kMostTmaStages =
-    (kTokens <= 64 || kTokens * kTiles <= 96) && kElementBytes == 2 ? 6 : 16;
+constexpr int kMostTmaStages = kElementBytes == 1                        ? 16
+                               : kTokens == 64 && kTiles == 1            ? 5
+                               : kTokens <= 64 || kTokens * kTiles <= 96 ? 6
+                                                                         : 16;
 
 // Bytes for each of two CTAs of a processor, which keeps 1 KB of its 228 for each.
 constexpr int kMostSharedOfTwo = (228 / 2 - 1) * 1024;
 
-// A tile of the wgmma kernel.
-template <int kTokens, int kTiles, int kElementBytes>
-struct TmaTile : TmaPipeline<kTokens, kTiles, kElementBytes, kElementBytes == 1 ? 128 : 64,
+// Indices of the contraction in a stage: where it runs along the words, a row of them is 64 bytes.
+template <int kElementBytes, bool kTranspose>
+constexpr int kTmaDepth = kElementBytes == 1 || kTranspose ? 128 : 64;
+
+// A tile of the wgmma kernel. With kTranspose its outputs are rows of K: words, scales and zero
+// points of a stage are as many, those of a row along the contraction.
+template <int kTokens, int kTiles, int kElementBytes, bool kTranspose = false>
+struct TmaTile : TmaPipeline<kTokens, kTiles, kElementBytes, kTmaDepth<kElementBytes, kTranspose>,
                              kMostTmaStages<kTokens, kTiles, kElementBytes>> {
-  using Pipeline = TmaPipeline<kTokens, kTiles, kElementBytes, kElementBytes == 1 ? 128 : 64,
+  using Pipeline = TmaPipeline<kTokens, kTiles, kElementBytes, kTmaDepth<kElementBytes, kTranspose>,
                                kMostTmaStages<kTokens, kTiles, kElementBytes>>;
+  static_assert(!kTranspose || Pipeline::kDepth == Pipeline::kOutputs);
   static constexpr int kConsumerWarps = Pipeline::kTeamWarps;
   // One warp copies. Registers can only move to the consumers from a whole warpgroup.
-  static constexpr bool kMoveRegisters = kTokens * kTiles >= (Pipeline::kCodes ? 96 : 256);
-  static constexpr int kThreads = 32 * (kConsumerWarps + (kMoveRegisters ? 4 : 1));
+  static constexpr bool kMoveRegisters = kTokens * kTiles >= (Pipeline::kCodes ? 96 : 224);
   static constexpr int kCtas = !Pipeline::kCodes && kTokens * kTiles <= 96 ? 2 : 1;  // a processor
-  static constexpr bool kStreams = !Pipeline::kCodes && kCtas == 1;  // can share tiles: stream_*
+  static constexpr bool kStreams =  // can share tiles: stream_*
+      !Pipeline::kCodes && !kTranspose && kCtas == 1;
   static constexpr bool kFewRegisters = kCtas > 1 && kTokens* kTiles > 64;
-  // Whether what every warp finishes is found before the loop over K: with more sums than these the
-  // loop itself takes longer for it.
-  static constexpr bool kTurnsFirst = !Pipeline::kCodes && kTokens * kTiles <= 32;
-  // Takes tile after tile; where registers are few, not what has two CTAs a processor anyway.
-  static constexpr bool kPersistent = !kFewRegisters;
+  // Whether what every warp finishes is found before the loop over K: where registers are left.
+  static constexpr bool kTurnsFirst = !Pipeline::kCodes && kTiles == 1 && kTokens <= 128;
+  static constexpr bool kPersistent = kCtas == 1;  // takes tile after tile
+
+  // Results of 16 bits leave through stages of the pipeline, in the place of x: 64 outputs of all
+  // tokens through each. One more warp stores them while the next tile is computed.
+  static constexpr bool kStagesResults =
+      kPersistent && kTiles == 1 && Pipeline::kParts == 1 && !Pipeline::kCodes && kTokens <= 256;
+  static constexpr int kResultStages = 2;
+  static constexpr int kThreads = 32 * (kConsumerWarps + (kMoveRegisters   ? 4
+                                                          : kStagesResults ? 2
+                                                                           : 1));
 
   // Sums to exchange: each member of a cluster has room for its units of every member. Where that
   // is beside the pipeline nobody has to wait for the others before it sends; else it takes the
@@ -94,8 +109,9 @@ struct TmaTile : TmaPipeline<kTokens, kTiles, kElementBytes, kElementBytes == 1 
   using Unit = SumUnit<kTiles, kTiles == 2 || kTokens <= 32 ? 1 : 2>;
   static constexpr int kUnits = kTokens / Unit::kTokens * kConsumerWarps;
   static constexpr int kInboxBytes = (kUnits + kMaxCluster - 1) * Unit::kBytes;
-  static constexpr int kInboxBarrierAt = Pipeline::kPipelineBytes;
-  static constexpr int kApartAt = kInboxBarrierAt + 16;
+  static constexpr int kInboxBarriersAt = Pipeline::kPipelineBytes;  // one for each warp
+  static constexpr int kResultBarriersAt = kInboxBarriersAt + 8 * kConsumerWarps;
+  static constexpr int kApartAt = Unit::Aligned(kResultBarriersAt + 8 * kResultStages);
   static constexpr bool kInboxApart =
       kCtas == 2 && kApartAt + kInboxBytes + Pipeline::kAlignment <= kMostSharedOfTwo;
   static constexpr int kInboxAt = kInboxApart ? kApartAt : 0;
@@ -128,6 +144,11 @@ struct StageCounter {
   __device__ void Advance() {
     stage += kStep;
     if (stage >= kStages) stage -= kStages, phase ^= 1;
+  }
+  __device__ void Skip(unsigned count) {
+    count += stage;
+    stage = count % kStages;
+    phase ^= count / kStages & 1;
   }
   __device__ int Previous() const {
     return stage < kStep ? stage + kStages - kStep : stage - kStep;

@@ -80,7 +80,8 @@ __device__ __forceinline__ void Produce(const FewParams& params, const Share& sh
   __syncwarp();
   NamedBarrierArrive<kBarriersReady, Tile::kThreads>();
   if (p.cluster) ClusterArriveRelaxed();  // the fence above is release enough for barriers
-  const int begun = min(Tile::kInFlight, share.count);
+  // While x is still written nothing is in a hurry, and memory would idle.
+  const int begun = min(p.buffers.overlap ? Tile::kStages : Tile::kInFlight, share.count);
 #pragma unroll 1
   for (int i = 0; i < begun; ++i) {
     if (ElectOne()) {
@@ -96,7 +97,8 @@ __device__ __forceinline__ void Produce(const FewParams& params, const Share& sh
     }
   }
   StageCounter<Tile::kStages> at, arriving;
-  at.stage = begun;
+  at.stage = begun % Tile::kStages;
+  at.phase = begun / Tile::kStages;
 #pragma unroll 1
   for (int i = begun; i < share.count; ++i) {
     BarrierWait(Tile::Full(shared, arriving.stage), arriving.phase);
@@ -140,14 +142,15 @@ __global__ void __launch_bounds__(FewTile<kTokens>::kThreads, 1)
   if (p.buffers.overlap) WaitForKernelBefore();  // which writes the scales of rows
   const RowScales<kTokens> row_scales(epilogue, 0);
   if (epilogue.partials) epilogue.WriteOnly(split * p.batch * p.size());
-  const UnitOutputs<Unit> outputs(
-      epilogue, static_cast<int64_t>(blockIdx.y) * Tile::kOutputs + 8 * consumer.lane.word, 0);
+  const int team = warp / Tile::kTeamWarps;
+  UnitOutputs<Unit> outputs(
+      epilogue, static_cast<int64_t>(blockIdx.y) * Tile::kOutputs + 8 * consumer.lane.word,
+      Unit::kTokens * team);
   // Chunks are dealt out to the members of the cluster. Everyone pushes what he has of one into the
   // inbox of its owner, who adds in the order of members.
   const unsigned members = p.cluster ? p.splits : 1;
   const unsigned rank = p.cluster ? split : 0;
   const unsigned chunk = warp % Tile::kTeamWarps;
-  const int team = warp / Tile::kTeamWarps;
   unsigned owner = chunk, round = 0;
   while (owner >= members) owner -= members, ++round;
   const uint32_t inbox =
@@ -191,21 +194,25 @@ __global__ void __launch_bounds__(FewTile<kTokens>::kThreads, 1)
     Add(sums[i], LoadSharedFour(team_sums + team * Unit::kBytes + i * Unit::kVectorBytes));
   }
 
-  const uint32_t to = inbox + rank * Unit::kBytes + 16 * lane;
+  const uint32_t to = inbox + rank * Unit::kBytes;
   if (owner != rank) {
     const uint32_t remote = MapToRank(to, owner);
     const uint32_t barrier = MapToRank(inbox_barrier, owner);
     const int token = Unit::kTokens * team + lane % 4 * 2;
-    if (token < m) StoreClusterSharedAsync(remote, sums[0], barrier);
-    if (token + 1 < m) StoreClusterSharedAsync(remote + Unit::kVectorBytes, sums[1], barrier);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (token + i < m)
+        StoreClusterSharedAsync(remote + Unit::VectorAt(lane, i), sums[i], barrier);
+    }
     return;
   }
   if (Unit::kTokens * team >= m) return;
-  StoreSharedFour(to, sums[0]);
-  StoreSharedFour(to + Unit::kVectorBytes, sums[1]);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) StoreSharedFour(to + Unit::VectorAt(lane, i), sums[i]);
   __syncwarp();
   if (p.cluster) BarrierWait(inbox_barrier, 0);
-  outputs.Finish(epilogue, inbox, members, Unit::kTokens * team, row_scales);
+  outputs.template Finish<Tile::kTeamWarps>(epilogue, inbox, members, Unit::kTokens * team, 1,
+                                            row_scales);
 #endif
 }
 

@@ -70,6 +70,15 @@ const char* TmaUnsupported(const AwqGemmProblem& p, const Device& device) {
   return nullptr;
 }
 
+const char* TransposedUnsupported(const AwqGemmProblem& p, const Device& device) {
+  if (const char* why = WgmmaUnsupported(p, device)) return why;
+  if (p.layout != Layout::kGemm || !p.transpose) return "weight is packed along the outputs";
+  if (p.n % 32) return "rows of qweight are not 16-byte aligned";
+  if (p.k % 8) return "K is not a multiple of 8";
+  if (std::max({p.m, p.n, p.k}) > INT32_MAX) return "a dimension exceeds 32 bits";
+  return nullptr;
+}
+
 // Two CTAs share a processor's registers, and these products need two for a pair of scales.
 const char* TightTmaUnsupported(const AwqGemmProblem& p, const Device& device) {
   if (const char* why = TmaUnsupported(p, device)) return why;
@@ -161,6 +170,10 @@ constexpr AwqGemmVariant kVariants[] = {
     {"w4a8_64x256", AwqGemmKernel::kTma, 64, 256, 128, 1, true, 0.34, CodesUnsupported},
     {"w4a8_128x128", AwqGemmKernel::kTma, 128, 128, 128, 1, true, 0.26, CodesUnsupported},
     {"w4a8_256x128", AwqGemmKernel::kTma, 256, 128, 128, 1, true, 0.38, CodesSingleUnsupported},
+    {"transposed_128x128", AwqGemmKernel::kTma, 128, 128, 128, 1, true, 0.44,
+     TransposedUnsupported},
+    {"transposed_256x128", AwqGemmKernel::kTma, 256, 128, 128, 1, true, 0.72,
+     TransposedUnsupported},
     {"wgmma_16", AwqGemmKernel::kWgmma, 16, 256, 64, 2, true, 0, WgmmaUnsupported},
     {"wgmma_32", AwqGemmKernel::kWgmma, 32, 256, 64, 1, true, 0, WgmmaUnsupported},
     {"wgmma_64", AwqGemmKernel::kWgmma, 64, 256, 64, 1, true, 0, WgmmaUnsupported},
@@ -183,7 +196,7 @@ bool IsTma(const AwqGemmVariant& v) {
 bool BatchInvariant(const AwqGemmVariant& v) {
   switch (v.kernel) {
     case AwqGemmKernel::kTma:  // the kernel for few rows sums groups apart
-      return !IsStream(v);
+      return !IsStream(v) && v.unsupported != TransposedUnsupported;
     case AwqGemmKernel::kWgmma:
     case AwqGemmKernel::kMma:  // in larger tiles no warps share the depth of a stage
       return v.tokens <= 64;
@@ -258,6 +271,11 @@ const char* Choose(const AwqGemmProblem& p, const Device& device) {
   }
   if (!TmaUnsupported(p, device)) {
     if (p.m == 0) return "tma_64x256";
+    return ChooseTma(p, device);
+  }
+  // Below, its smallest tile is too large.
+  constexpr int kMinTransposedRows = 65;
+  if (m >= kMinTransposedRows && !p.batch_invariant && !TransposedUnsupported(p, device)) {
     return ChooseTma(p, device);
   }
   const bool tensor_cores = !TensorCoreUnsupported(p, device);

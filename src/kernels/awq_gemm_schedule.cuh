@@ -76,12 +76,14 @@ struct TmaSchedule {
 // What a CTA works on, one item after the other: a tile, and which steps of its sum.
 class TmaWork {
  public:
-  __device__ explicit TmaWork(const TmaSchedule& s)
+  // Only `persistent` CTAs have more than one item.
+  __device__ TmaWork(const TmaSchedule& s, bool persistent)
       : split(s.by_splits.Remainder(blockIdx.x)),
         schedule_(s),
         next_(s.by_ctas.Quotient(blockIdx.x)),
         share_(s.split, split),
         tail_(s.tail, blockIdx.x) {
+    if (!persistent) return;
     items = s.whole > next_ ? s.by_groups.Quotient(s.whole - next_ + s.groups - 1) : 0;
     if (tail_.count > 0) {
       items +=
@@ -111,7 +113,7 @@ class TmaWork {
   }
 
   const unsigned split;  // of the sum of each tile, where it is divided among CTAs
-  unsigned items;
+  unsigned items = 1;
   unsigned tile;
   Share share{0, 0, 1};
   bool leaves;  // these sums to the CTA that has the last steps of the tile
@@ -148,32 +150,27 @@ struct TailParts {
 };
 
 // Whose turn it is to finish what a warp has of a tile, and where that goes; and what the warp
-// itself finishes.
+// itself finishes. Members and then warps take turns at the units of a tile; a member has all parts
+// of its slot i, its i-th unit, side by side in its inbox.
 template <typename Tile>
 struct TmaTurns {
   using Lane = TmaLane<Tile>;
   using Unit = typename Tile::Unit;
 
   TmaTurns() = default;
-  __device__ __forceinline__ TmaTurns(const EpilogueParams& epilogue, uint32_t inbox,
-                                      unsigned members, unsigned rank, unsigned warp,
-                                      int64_t output0, int64_t token0)
-      : first_owner(warp),
-        first_to(inbox + rank * Unit::kBytes + threadIdx.x % 32 * 16),
-        unit(rank + warp * members),
-        from(inbox + warp * members * Unit::kBytes),
-        token(unit / Tile::kTeamWarps * Unit::kTokens) {
-    while (first_owner >= members) first_owner -= members, first_to += members * Unit::kBytes;
+  __device__ __forceinline__ TmaTurns(const EpilogueParams& epilogue, unsigned members,
+                                      unsigned rank, unsigned warp, int64_t output0, int64_t token0)
+      : owner(warp), slot(0) {
+    while (owner >= members) owner -= members, ++slot;
+    const unsigned unit = rank + warp * members;  // the first that this warp finishes
     const int of_warp = unit % Tile::kTeamWarps;  // lanes of all warps are alike
+    token = unit / Tile::kTeamWarps * Unit::kTokens;
     outputs = UnitOutputs<Unit>(
-        epilogue, output0 + 8 * Lane::Word(of_warp) + 4 * Lane::Byte(of_warp), token0);
+        epilogue, output0 + 8 * Lane::Word(of_warp) + 4 * Lane::Byte(of_warp), token0 + token);
   }
 
-  unsigned first_owner;  // of this warp's first unit
-  uint32_t first_to;
-  unsigned unit;  // the first that this warp finishes
-  uint32_t from;
-  unsigned token;
+  unsigned owner, slot;  // of this warp's first unit
+  unsigned token;        // the first that this warp finishes
   UnitOutputs<Unit> outputs;
 };
 

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "device/consumer_codes.cuh"
+#include "device/consumer_transposed.cuh"
 #include "device/consumer_wgmma.cuh"
 #include "device/epilogue.cuh"
 #include "device/ptx.cuh"
@@ -21,6 +22,7 @@ struct AwqGemmTmaParams {
   CUtensorMap x[2], words, scales, zeros;
   CUtensorMap sums[2], sum_scales, sum_zeros;  // of the chunks of x, where x is codes
   CUtensorMap part_sums;                       // TailParts::sums
+  CUtensorMap results;                         // y, where they leave through the pipeline
   AwqGemmParams p;
   TmaSchedule schedule;
   TailParts parts;
@@ -33,53 +35,101 @@ struct AwqGemmTmaParams {
   int group_rows;             // of a box of scales or zeros
   int batch_x, batch_weight;  // 1 where every batch entry has its own, 0 where all share one
   bool exchange;              // results pass through shared memory: splits meet, or activation
+  bool stage_results;         // they leave through the pipeline
 };
 
 // Named barriers of a CTA.
 constexpr int kTmaBarriersReady = 1;
 constexpr int kTmaConsumers = 2;
 
-template <typename T, typename S, int kTokens, int kTiles>
-using TmaConsumer = std::conditional_t<sizeof(T) == 1, CodesConsumer<T, kTokens, kTiles>,
-                                       WgmmaConsumer<T, S, kTokens, kTiles>>;
+template <typename T, typename S, int kTokens, int kTiles, bool kTranspose>
+using TmaConsumer =
+    std::conditional_t<sizeof(T) == 1, CodesConsumer<T, kTokens, kTiles>,
+                       std::conditional_t<kTranspose, TransposedConsumer<T, S, kTokens>,
+                                          WgmmaConsumer<T, S, kTokens, kTiles>>>;
 
-template <typename T, typename S, int kTokens, int kTiles>
-__global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
-                                  TmaTile<kTokens, kTiles, sizeof(T)>::kCtas)
+// The warp that sends what consumers have left in borrowed stages to y, and returns the stages.
+template <typename Tile>
+__device__ __forceinline__ void StoreStagedResults(const AwqGemmTmaParams& params, TmaWork work,
+                                                   uint32_t shared) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  StageCounter<Tile::kStages> at;
+  uint32_t phase = 0;
+  for (unsigned item = 0; item < work.items; ++item) {
+    work.Next();
+    at.Skip(work.share.count + work.parts * Tile::kPartStages);
+    if (work.leaves) continue;
+    unsigned batch, row, column;
+    params.schedule.order.Find(work.tile, &batch, &row, &column);
+    uint32_t stages[Tile::kResultStages];
+#pragma unroll
+    for (int i = 0; i < Tile::kResultStages; ++i) {
+      stages[i] = at.stage;
+      at.Advance();
+      BarrierWait(shared + Tile::kResultBarriersAt + 8 * i, phase);
+      if (!ElectOne()) continue;
+#pragma unroll
+      for (int box = 0; box < Tile::kXBoxes; ++box) {
+        const int rows = box * (Tile::kTokens / Tile::kXBoxes);
+        StoreBox(&params.results, Tile::X(shared, stages[i]) + rows * 128,
+                 column * Tile::kOutputs + i * 64, row * Tile::kTokens + rows, batch);
+      }
+    }
+    if (ElectOne()) {
+      WaitForStores();
+#pragma unroll
+      for (int i = 0; i < Tile::kResultStages; ++i) {
+        BarrierArrive(Tile::Empty(shared, stages[i]), Tile::kTeamWarps);
+      }
+    }
+    __syncwarp();
+    phase ^= 1;
+  }
+#endif
+}
+
+template <typename T, typename S, int kTokens, int kTiles, bool kTranspose>
+__global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T), kTranspose>::kThreads,
+                                  TmaTile<kTokens, kTiles, sizeof(T), kTranspose>::kCtas)
     AwqGemmTmaKernel(const __grid_constant__ AwqGemmTmaParams params) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using Tile = TmaTile<kTokens, kTiles, sizeof(T)>;
+  using Tile = TmaTile<kTokens, kTiles, sizeof(T), kTranspose>;
   using Lane = TmaLane<Tile>;
   using Unit = typename Tile::Unit;
-  using Consumer = TmaConsumer<T, S, kTokens, kTiles>;
+  using Consumer = TmaConsumer<T, S, kTokens, kTiles, kTranspose>;
   const AwqGemmParams& p = params.p;
   extern __shared__ char unaligned[];
   const uint32_t shared =
       (SharedAddress(unaligned) + Tile::kAlignment - 1) / Tile::kAlignment * Tile::kAlignment;
 
-  const uint32_t inbox_barrier = shared + Tile::kInboxBarrierAt;
+  const uint32_t inbox_barriers = shared + Tile::kInboxBarriersAt;
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // known to be uniform
   const unsigned members = Tile::kCodes ? params.members : 1;
   const unsigned member = blockIdx.x % members;
   const TmaTileOrder& order = params.schedule.order;
-  TmaWork work(params.schedule);
+  TmaWork work(params.schedule, Tile::kPersistent);
   const unsigned split = work.split;
   const int group_shift = p.buffers.weight.group_shift;
   const bool has_zeros = p.buffers.weight.qzeros != nullptr;
+  // Consumers, the producer, and what stores results that leave through the pipeline.
+  constexpr int kWorkingWarps = Tile::kConsumerWarps + 1 + Tile::kStagesResults;
   if (warp == Tile::kConsumerWarps) {
     if (ElectOne()) {
       for (int s = 0; s < Tile::kStages; ++s) {
         BarrierInit(Tile::Full(shared, s), 1);
         BarrierInit(Tile::Empty(shared, s), Tile::kTeamWarps * members);
       }
-      BarrierInit(inbox_barrier, 1);
+      for (int w = 0; w < Tile::kConsumerWarps; ++w) BarrierInit(inbox_barriers + 8 * w, 1);
+      for (int i = 0; i < Tile::kResultStages; ++i) {
+        BarrierInit(shared + Tile::kResultBarriersAt + 8 * i, Tile::kTeamWarps / 2);
+      }
       BarrierInitFence();
     }
     __syncwarp();
-    // The consumers wait for that, the producer for nobody.
-    NamedBarrierArrive<kTmaBarriersReady, 32 * (Tile::kConsumerWarps + 1)>();
-  } else if (warp < Tile::kConsumerWarps) {
-    NamedBarrierSync<kTmaBarriersReady, 32 * (Tile::kConsumerWarps + 1)>();
+    // All others wait for that, the producer for nobody.
+    NamedBarrierArrive<kTmaBarriersReady, 32 * (kWorkingWarps)>();
+  } else if (warp < kWorkingWarps) {
+    NamedBarrierSync<kTmaBarriersReady, 32 * (kWorkingWarps)>();
   }
   // The fence above is release enough for barriers.
   if (Tile::kInboxApart && p.cluster) ClusterArriveRelaxed();
@@ -90,12 +140,20 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
 
   if (warp >= Tile::kConsumerWarps) {
     if constexpr (Tile::kMoveRegisters) ReleaseRegisters<40>();
+    if constexpr (Tile::kStagesResults) {
+      if (warp == Tile::kConsumerWarps + 1 && params.stage_results) {
+        StoreStagedResults<Tile>(params, work, shared);
+      }
+    }
     if (warp != Tile::kConsumerWarps) return;
     const int group_rows = params.group_rows;
     const bool zeros_in_stage = has_zeros && !Tile::kCodes;
     const uint32_t group_bytes =
         group_rows * (Tile::kOutputs * 2 + (zeros_in_stage ? Tile::kOutputs / 2 : 0));
     StageCounter<Tile::kStages> at;
+    StageCounter<Tile::kStages> lent;  // the last stage that was
+    bool has_lent = false;
+    int since_lent = 0;  // stages
     for (unsigned item = 0; item < work.items; ++item) {
       work.Next();
       unsigned batch, row, column;
@@ -133,11 +191,13 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
         }
         const int depth = (first + i) * Tile::kDepth;
         BarrierArriveExpecting(barrier, bytes);
-        CopyBox(words, &params.words, output0 / 8, depth, weight_batch, barrier);
-        CopyBox(Tile::Scales(shared, stage), &params.scales, output0, depth >> group_shift,
+        const int column = kTranspose ? depth : output0;  // of the weight
+        const int row = kTranspose ? output0 : depth;
+        CopyBox(words, &params.words, column / 8, row, weight_batch, barrier);
+        CopyBox(Tile::Scales(shared, stage), &params.scales, column, row >> group_shift,
                 weight_batch, barrier);
         if (zeros_in_stage) {
-          CopyBox(Tile::Zeros(shared, stage), &params.zeros, output0 / 8, depth >> group_shift,
+          CopyBox(Tile::Zeros(shared, stage), &params.zeros, column / 8, row >> group_shift,
                   weight_batch, barrier);
         }
       };
@@ -198,6 +258,24 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
           }
         }
       }
+      if constexpr (Tile::kStagesResults) {  // lent to the consumers
+        since_lent += stages + work.parts * Tile::kPartStages;
+        if (params.stage_results && !work.leaves) {
+          // Not before the last ones are back: their warp would miss that there are results.
+          if (has_lent && since_lent < Tile::kStages) {
+            BarrierWait(Tile::Empty(shared, lent.stage), lent.phase);
+          }
+          for (int i = 0; i < Tile::kResultStages; ++i) {
+            BarrierWait(Tile::Empty(shared, at.stage), at.phase ^ 1);
+            if (ElectOne()) BarrierArrive(Tile::Full(shared, at.stage));
+            __syncwarp();
+            lent = at;
+            at.Advance();
+          }
+          has_lent = true;
+          since_lent = 0;
+        }
+      }
     }
     return;
   }
@@ -225,10 +303,12 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
     const unsigned parts = p.cluster ? p.splits : 1;
     const unsigned rank = p.cluster ? split : 0;
     const Share::Even units = params.units[row + 1 == order.rows];
+    // What this warp finishes of them.
+    const unsigned own_units =
+        (units.least + (rank < units.longer) + Tile::kTeamWarps - 1 - warp) / Tile::kTeamWarps;
     const auto expect_sums = [&] {
-      if (threadIdx.x == 0) {
-        const unsigned own = units.least + (rank < units.longer);
-        BarrierArriveExpecting(inbox_barrier, own * (parts - 1) * Unit::kBytes);
+      if (lane == 0) {
+        BarrierArriveExpecting(inbox_barriers + 8 * warp, own_units * (parts - 1) * Unit::kBytes);
       }
     };
     if (Tile::kInboxApart && p.cluster) expect_sums();
@@ -241,7 +321,7 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
     const uint32_t inbox = shared + Tile::kInboxAt;
     TmaTurns<Tile> own;
     const auto find_turns = [&] {
-      own = TmaTurns<Tile>(epilogue, inbox, parts, rank, warp, output0, token0);
+      own = TmaTurns<Tile>(epilogue, parts, rank, warp, output0, token0);
     };
     if constexpr (Tile::kTurnsFirst) {
       if (params.exchange) find_turns();
@@ -269,6 +349,28 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
       }
       const HalfWord<kTiles> half(epilogue, output0 + 8 * consumer.lane.word, consumer.lane.byte,
                                   token0 + lane % 4 * 2 + HalfWord<kTiles>::HasOdd());
+      if constexpr (Tile::kStagesResults) {
+        if (params.stage_results) {
+          // Its four words of a token in pieces of 16 bytes, swizzled as x.
+          const int token = lane % 4 * 2 + HalfWord<kTiles>::HasOdd();
+          const int piece = consumer.lane.word % 8 ^ token;
+          const int which = consumer.lane.word / 8;
+          const uint32_t to =
+              consumer.Borrow(which) + token * 128 + piece * 16 + consumer.lane.byte * 8;
+#pragma unroll
+          for (int b = 0; b < kTokens / 8; ++b) {
+            const float v[1][4] = {
+                {acc[0][4 * b], acc[0][4 * b + 1], acc[0][4 * b + 2], acc[0][4 * b + 3]}};
+            uint32_t pairs[2];
+            half.Round(epilogue, v, pairs);
+            StoreShared(to + b * 1024, pairs);
+          }
+          FenceProxyAsync();
+          __syncwarp();
+          if (lane == 0) BarrierArrive(shared + Tile::kResultBarriersAt + 8 * which);
+          continue;
+        }
+      }
 #pragma unroll
       for (int b = 0; b < kTokens / 8; ++b) {
         float v[kTiles][4];
@@ -293,33 +395,33 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T)>::kThreads,
     } else {
       NamedBarrierSync<kTmaConsumers, 32 * Tile::kConsumerWarps>();
     }
-    uint32_t to = own.first_to;
-    unsigned owner = own.first_owner;
+    const uint32_t own_part = inbox + rank * Unit::kBytes;
+    unsigned owner = own.owner, slot = own.slot;
 #pragma unroll
     for (int u = 0; u < kTokens / Unit::kTokens; ++u) {
       if (u * Tile::kTeamWarps >= count) break;
+      const uint32_t to = own_part + slot * parts * Unit::kBytes;
       const uint32_t remote = MapToRank(to, owner);
-      const uint32_t barrier = MapToRank(inbox_barrier, owner);
+      const uint32_t barrier = MapToRank(inbox_barriers + slot % Tile::kTeamWarps * 8, owner);
 #pragma unroll
       for (int i = 0; i < Unit::kVectors; ++i) {
         const float4 v = Unit::Vector(acc, u * Unit::kBlocks, i);
+        const uint32_t at = Unit::VectorAt(lane, i);
         if (owner == rank) {
-          StoreSharedFour(to + i * Unit::kVectorBytes, v);
+          StoreSharedFour(to + at, v);
         } else {
-          StoreClusterSharedAsync(remote + i * Unit::kVectorBytes, v, barrier);
+          StoreClusterSharedAsync(remote + at, v, barrier);
         }
       }
       owner += params.turn.longer;
-      to += params.turn.least * parts * Unit::kBytes;
-      if (owner >= parts) owner -= parts, to += parts * Unit::kBytes;
+      slot += params.turn.least;
+      if (owner >= parts) owner -= parts, ++slot;
     }
     NamedBarrierSync<kTmaConsumers, 32 * Tile::kConsumerWarps>();
-    if (p.cluster) BarrierWait(inbox_barrier, 0);
-#pragma unroll 1
-    for (unsigned u = own.unit; u < count; u += Tile::kTeamWarps * parts) {
-      own.outputs.Finish(epilogue, own.from, parts, own.token, row_scales);
-      own.from += Tile::kTeamWarps * parts * Unit::kBytes;
-      own.token += parts * Unit::kTokens;
+    if (own_units > 0) {
+      if (p.cluster) BarrierWait(inbox_barriers + 8 * warp, 0);
+      own.outputs.template Finish<Tile::kTeamWarps>(epilogue, inbox + warp * parts * Unit::kBytes,
+                                                    parts, own.token, own_units, row_scales);
     }
     if (members > 1) {  // nobody leaves while others arrive at its barriers
       ClusterArriveRelaxed();
@@ -339,9 +441,9 @@ static __global__ void ClearCountsKernel(uint32_t* counts, unsigned ctas) {
   for (unsigned i = threadIdx.x; i < ctas; i += blockDim.x) counts[i] = 0;
 }
 
-template <typename T, typename S, int kTokens, int kTiles>
+template <typename T, typename S, int kTokens, int kTiles, bool kTranspose = false>
 cudaError_t LaunchTmaTile(const AwqGemmPlan& plan, const AwqGemmParams& p, cudaStream_t stream) {
-  using Tile = TmaTile<kTokens, kTiles, sizeof(T)>;
+  using Tile = TmaTile<kTokens, kTiles, sizeof(T), kTranspose>;
   const TensorMaps* maps = TensorMaps::Get();
   if (maps == nullptr) return cudaErrorNotSupported;
   const AwqWeight& w = p.buffers.weight;
@@ -371,13 +473,14 @@ cudaError_t LaunchTmaTile(const AwqGemmPlan& plan, const AwqGemmParams& p, cudaS
                                                                : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const int64_t x_batch = params.batch_x ? p.batch : 1;
   const int64_t weight_batch = params.batch_weight ? p.batch : 1;
-  params.group_rows = std::max(1, Tile::kDepth >> w.group_shift);
+  params.group_rows = std::max(1, (kTranspose ? Tile::kOutputs : Tile::kDepth) >> w.group_shift);
   bool encoded = maps->EncodeWeight(&params.words, &params.scales, &params.zeros, w, weight_batch,
-                                    Tile::kOutputs, Tile::kDepth, params.group_rows);
+                                    kTranspose ? Tile::kDepth : Tile::kOutputs,
+                                    kTranspose ? Tile::kOutputs : Tile::kDepth, params.group_rows);
   for (int last = 0; last < 2; ++last) {
-    encoded =
-        encoded && maps->Encode(&params.x[last], type, sizeof(T), p.buffers.x, w.k, p.m, x_batch,
-                                Tile::kPartDepth, params.x_rows[last], CU_TENSOR_MAP_SWIZZLE_128B);
+    encoded = encoded && maps->Encode(&params.x[last], type, sizeof(T), p.buffers.x, p.contraction,
+                                      p.m, x_batch, Tile::kPartDepth, params.x_rows[last],
+                                      CU_TENSOR_MAP_SWIZZLE_128B);
     if (!Tile::kCodes) continue;
     encoded = encoded && maps->Encode(&params.sums[last], CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2,
                                       p.buffers.chunk_sums, ChunkSumColumns(w.k), p.m, x_batch, 64,
@@ -388,6 +491,15 @@ cudaError_t LaunchTmaTile(const AwqGemmPlan& plan, const AwqGemmParams& p, cudaS
                                  Tile::kOutputs, Tile::kSumChunks);
   }
   if (!encoded) return cudaErrorInvalidValue;
+
+  if constexpr (Tile::kStagesResults) {
+    params.stage_results = !params.exchange && p.splits == 1 && SizeOf(p.out_dtype) == 2;
+    if (params.stage_results &&
+        !maps->Encode(&params.results, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, p.buffers.y, p.outputs,
+                      p.m, p.batch, 64, kTokens / Tile::kXBoxes, CU_TENSOR_MAP_SWIZZLE_128B)) {
+      return cudaErrorInvalidValue;
+    }
+  }
 
   const int64_t tiles =
       (p.m + kTokens - 1) / kTokens * ((columns + params.members - 1) / params.members) * p.batch;
@@ -408,14 +520,29 @@ cudaError_t LaunchTmaTile(const AwqGemmPlan& plan, const AwqGemmParams& p, cudaS
     ClearCountsKernel<<<1, 256, 0, stream>>>(params.parts.counts, static_cast<unsigned>(groups));
     if (const cudaError_t error = cudaGetLastError()) return error;
   }
-  return LaunchClusters(
-      AwqGemmTmaKernel<T, S, kTokens, kTiles>, params, p.cluster_size() * params.members,
-      dim3(static_cast<unsigned>(groups * p.splits * params.members)), Tile::kThreads,
-      Tile::kSharedBytes, stream, p.buffers.overlap || plan.stream_k);
+  return LaunchClusters(AwqGemmTmaKernel<T, S, kTokens, kTiles, kTranspose>, params,
+                        p.cluster_size() * params.members,
+                        dim3(static_cast<unsigned>(groups * p.splits * params.members)),
+                        Tile::kThreads, Tile::kSharedBytes, stream,
+                        p.buffers.overlap || plan.stream_k);
+}
+
+template <typename T, typename S>
+cudaError_t LaunchTransposedTiles(const AwqGemmPlan& plan, const AwqGemmParams& p,
+                                  cudaStream_t stream) {
+  switch (plan.tile_tokens) {
+    case 128:
+      return LaunchTmaTile<T, S, 128, 1, true>(plan, p, stream);
+    case 256:
+      return LaunchTmaTile<T, S, 256, 1, true>(plan, p, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
 }
 
 template <typename T, typename S>
 cudaError_t LaunchTmaTiles(const AwqGemmPlan& plan, const AwqGemmParams& p, cudaStream_t stream) {
+  if (p.transpose) return LaunchTransposedTiles<T, S>(plan, p, stream);
   switch (plan.tile_tokens * 1000 + plan.tile_outputs) {
     case 32128:
       return LaunchTmaTile<T, S, 32, 1>(plan, p, stream);

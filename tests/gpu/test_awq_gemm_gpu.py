@@ -114,6 +114,15 @@ TRANSPOSED_CASES = (
     Case(7, 384, 1024, 128, split=8),
     Case(40, 256, 1024, 64, BF16, scales=F16, split=12, layout="oc_major"),
     Case(20, 256, 136, 64, F16, scales=BF16, symmetric=True),
+    # Rows of K and columns that end within a tile or a stage, more tiles than processors.
+    Case(70, 384, 288, 128),
+    Case(130, 1184, 544, 32, BF16),
+    Case(257, 576, 800, 64, symmetric=True),
+    Case(300, 200, 96, -1, BF16),
+    Case(129, 640, 480, 64, BF16, scales=F16),
+    Case(300, 384, 2080, 128, split=3),
+    Case(100, 1024, 1056, 32, split=12),
+    Case(260, 9344, 160, 128, BF16),
 )
 WEIGHT = "qweight scales qzeros"
 # What has a batch dimension in jax.vmap.
@@ -251,7 +260,7 @@ def test_batched(case, mapped, variant, force):
 
 @functools.cache
 def identity_case(x, scales, layout, transpose):
-    case = Case(192, 192, 208, 32, x, scales=scales, layout=layout)
+    case = Case(192, 192, 224, 32, x, scales=scales, layout=layout)
     weight = problem_of(case).weight
     wanted = dequantize_float64(weight).astype(x)
     return case, weight, wanted.T if transpose else wanted

@@ -58,9 +58,13 @@ VARIANTS = (
     "simt",
 )
 # Of awq_gemm_w4a8 alone.
+OF_GRADIENTS = ("transposed_128x128", "transposed_256x128")  # of x
 OF_CODES = ("w4a8_32x256", "w4a8_64x256", "w4a8_128x128", "w4a8_256x128")
 MOST_ROWS = {"decode_8": 8, "decode_16": 16, "few_8x256": 8, "few_16x256": 16}
-TRANSPOSED = tuple(v for v in VARIANTS if not v.startswith(("decode", "few", "tma", "stream")))
+TRANSPOSED = (
+    *(v for v in VARIANTS if not v.startswith(("decode", "few", "tma", "stream"))),
+    *OF_GRADIENTS,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +164,7 @@ def check(
       reference: what plain JAX gives in the same dtypes.
     """
     refused = refusals(function, *operands)
-    assert set(refused) < {*VARIANTS, *OF_CODES}
+    assert set(refused) < {*VARIANTS, *OF_GRADIENTS, *OF_CODES}
     force(variant)
     # A function object of its own: JAX would find the program of another variant again.
     program = jax.jit(lambda *a: function(*a))
