@@ -151,9 +151,6 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T), kTranspose
     const uint32_t group_bytes =
         group_rows * (Tile::kOutputs * 2 + (zeros_in_stage ? Tile::kOutputs / 2 : 0));
     StageCounter<Tile::kStages> at;
-    StageCounter<Tile::kStages> lent;  // the last stage that was
-    bool has_lent = false;
-    int since_lent = 0;  // stages
     for (unsigned item = 0; item < work.items; ++item) {
       work.Next();
       unsigned batch, row, column;
@@ -259,21 +256,12 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T), kTranspose
         }
       }
       if constexpr (Tile::kStagesResults) {  // lent to the consumers
-        since_lent += stages + work.parts * Tile::kPartStages;
         if (params.stage_results && !work.leaves) {
-          // Not before the last ones are back: their warp would miss that there are results.
-          if (has_lent && since_lent < Tile::kStages) {
-            BarrierWait(Tile::Empty(shared, lent.stage), lent.phase);
-          }
           for (int i = 0; i < Tile::kResultStages; ++i) {
             BarrierWait(Tile::Empty(shared, at.stage), at.phase ^ 1);
             if (ElectOne()) BarrierArrive(Tile::Full(shared, at.stage));
-            __syncwarp();
-            lent = at;
             at.Advance();
           }
-          has_lent = true;
-          since_lent = 0;
         }
       }
     }
