@@ -99,21 +99,6 @@ class WgmmaConsumer {
     }
   }
 
-  // Where results go that leave through the pipeline, once nothing of it is there any more: of the
-  // stages for them the one that is `wanted`.
-  __device__ __forceinline__ uint32_t Borrow(int wanted) {
-    uint32_t to = 0;
-#pragma unroll
-    for (int i = 0; i < Tile::kResultStages; ++i) {
-      if (i == wanted) {
-        BarrierWait(Tile::Full(shared_, at_.stage), at_.phase);
-        to = Tile::X(shared_, at_.stage);
-      }
-      at_.Advance();
-    }
-    return to;
-  }
-
   const TmaLane<Tile> lane;
 
  private:

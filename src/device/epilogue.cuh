@@ -302,12 +302,22 @@ class HalfWord {
   // tokens on. Called by whole warps. There is no activation.
   __device__ __forceinline__ void Store(const EpilogueParams& p, const float (&v)[kTiles][4],
                                         int block) const {
+    const bool has_odd = HasOdd();
+    float of[2][2 * kTiles];  // the two tokens
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles; ++i) {
+      of[0][i] = v[i / 2][i % 2 * 2] + bias_[i];
+      of[1][i] = v[i / 2][i % 2 * 2 + 1] + bias_[i];
+    }
+    float mine[2 * kTiles], other[2 * kTiles];
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles; ++i) {
+      mine[i] = has_odd ? of[1][i] : of[0][i];
+      other[i] = has_odd ? of[0][i] : of[1][i];
+    }
     const bool store = 8 * block < tokens_;
     char* to = to_ + 8 * block * p.outputs * SizeOf(p.out_dtype);
     if (p.out_dtype == DType::kF32) {
-      const bool has_odd = HasOdd();
-      float mine[2 * kTiles], other[2 * kTiles];
-      Choose(v, mine, other);
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
         float4 four;
@@ -322,21 +332,6 @@ class HalfWord {
       return;
     }
     uint32_t pairs[2 * kTiles];
-    Round(p, v, pairs);
-    if (!store) return;
-    if constexpr (kTiles == 2) {
-      *reinterpret_cast<uint4*>(to) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-    } else {
-      *reinterpret_cast<uint2*>(to) = make_uint2(pairs[0], pairs[1]);
-    }
-  }
-
-  // This lane's consecutive outputs of its one token, in 16 bits.
-  __device__ __forceinline__ void Round(const EpilogueParams& p, const float (&v)[kTiles][4],
-                                        uint32_t (&pairs)[2 * kTiles]) const {
-    const bool has_odd = HasOdd();
-    float mine[2 * kTiles], other[2 * kTiles];
-    Choose(v, mine, other);
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
       const uint32_t own = PackPair(mine[2 * j], mine[2 * j + 1], p.out_dtype);
@@ -347,22 +342,15 @@ class HalfWord {
       pairs[2 * j] = SelectBytes(even, odd, 0x5410);
       pairs[2 * j + 1] = SelectBytes(even, odd, 0x7632);
     }
-  }
-
- private:
-  // Of the token that this lane stores, and of the one that its neighbour does.
-  __device__ __forceinline__ void Choose(const float (&v)[kTiles][4], float (&mine)[2 * kTiles],
-                                         float (&other)[2 * kTiles]) const {
-    const bool has_odd = HasOdd();
-#pragma unroll
-    for (int i = 0; i < 2 * kTiles; ++i) {
-      const float first = v[i / 2][i % 2 * 2] + bias_[i];
-      const float second = v[i / 2][i % 2 * 2 + 1] + bias_[i];
-      mine[i] = has_odd ? second : first;
-      other[i] = has_odd ? first : second;
+    if (!store) return;
+    if constexpr (kTiles == 2) {
+      *reinterpret_cast<uint4*>(to) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    } else {
+      *reinterpret_cast<uint2*>(to) = make_uint2(pairs[0], pairs[1]);
     }
   }
 
+ private:
   char* to_;
   int tokens_;  // from this lane's on, in y
   float bias_[2 * kTiles];

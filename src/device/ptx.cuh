@@ -145,10 +145,6 @@ __device__ __forceinline__ void StoreSharedFour(uint32_t address, float4 v) {
                : "memory");
 }
 
-__device__ __forceinline__ void StoreShared(uint32_t address, const uint32_t (&r)[2]) {
-  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(r[0]), "r"(r[1]) : "memory");
-}
-
 __device__ __forceinline__ float4 LoadSharedFour(uint32_t address) {
   float4 v;
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
@@ -266,9 +262,8 @@ __device__ __forceinline__ void BarrierInitFence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-__device__ __forceinline__ void BarrierArrive(uint32_t barrier, uint32_t count = 1) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(count)
-               : "memory");
+__device__ __forceinline__ void BarrierArrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
 // Arrives at the barrier at the same address of cluster member `rank`: this thread has read what
@@ -322,23 +317,6 @@ __device__ __forceinline__ void CopyBox(uint32_t to, const void* map, int x, int
       "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
       "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier)
       : "memory");
-}
-
-// A box from shared memory to a tensor in global memory, without what lies outside of it
-// (9.7.9.25.5.2). What has been written must be fenced (FenceProxyAsync).
-__device__ __forceinline__ void StoreBox(const void* map, uint32_t from, int x, int y, int z) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map),
-      "r"(from), "r"(x), "r"(y), "r"(z)
-      : "memory");
-}
-
-// Waits until all boxes that this thread has sent are read (9.7.9.25.6, cp.async.bulk.wait_group).
-__device__ __forceinline__ void WaitForStores() {
-  asm volatile(
-      "cp.async.bulk.commit_group;\n"
-      "cp.async.bulk.wait_group.read 0;" ::
-          : "memory");
 }
 
 // The same box to the same address in every member of the cluster that `members` has a bit for,

@@ -85,7 +85,8 @@ struct TmaTile : TmaPipeline<kTokens, kTiles, kElementBytes, kTmaDepth<kElementB
   static_assert(!kTranspose || Pipeline::kDepth == Pipeline::kOutputs);
   static constexpr int kConsumerWarps = Pipeline::kTeamWarps;
   // One warp copies. Registers can only move to the consumers from a whole warpgroup.
-  static constexpr bool kMoveRegisters = kTokens * kTiles >= (Pipeline::kCodes ? 96 : 224);
+  static constexpr bool kMoveRegisters = kTokens * kTiles >= (Pipeline::kCodes ? 96 : 256);
+  static constexpr int kThreads = 32 * (kConsumerWarps + (kMoveRegisters ? 4 : 1));
   static constexpr int kCtas = !Pipeline::kCodes && kTokens * kTiles <= 96 ? 2 : 1;  // a processor
   static constexpr bool kStreams =  // can share tiles: stream_*
       !Pipeline::kCodes && !kTranspose && kCtas == 1;
@@ -94,15 +95,6 @@ struct TmaTile : TmaPipeline<kTokens, kTiles, kElementBytes, kTmaDepth<kElementB
   static constexpr bool kTurnsFirst = !Pipeline::kCodes && kTiles == 1 && kTokens <= 128;
   static constexpr bool kPersistent = kCtas == 1;  // takes tile after tile
 
-  // Results of 16 bits leave through stages of the pipeline, in the place of x: 64 outputs of all
-  // tokens through each. One more warp stores them while the next tile is computed.
-  static constexpr bool kStagesResults =
-      kPersistent && kTiles == 1 && Pipeline::kParts == 1 && !Pipeline::kCodes && kTokens <= 256;
-  static constexpr int kResultStages = 2;
-  static constexpr int kThreads = 32 * (kConsumerWarps + (kMoveRegisters   ? 4
-                                                          : kStagesResults ? 2
-                                                                           : 1));
-
   // Sums to exchange: each member of a cluster has room for its units of every member. Where that
   // is beside the pipeline nobody has to wait for the others before it sends; else it takes the
   // place of the drained pipeline. With few tokens units are small, or few warps would end a tile.
@@ -110,8 +102,7 @@ struct TmaTile : TmaPipeline<kTokens, kTiles, kElementBytes, kTmaDepth<kElementB
   static constexpr int kUnits = kTokens / Unit::kTokens * kConsumerWarps;
   static constexpr int kInboxBytes = (kUnits + kMaxCluster - 1) * Unit::kBytes;
   static constexpr int kInboxBarriersAt = Pipeline::kPipelineBytes;  // one for each warp
-  static constexpr int kResultBarriersAt = kInboxBarriersAt + 8 * kConsumerWarps;
-  static constexpr int kApartAt = Unit::Aligned(kResultBarriersAt + 8 * kResultStages);
+  static constexpr int kApartAt = Unit::Aligned(kInboxBarriersAt + 8 * kConsumerWarps);
   static constexpr bool kInboxApart =
       kCtas == 2 && kApartAt + kInboxBytes + Pipeline::kAlignment <= kMostSharedOfTwo;
   static constexpr int kInboxAt = kInboxApart ? kApartAt : 0;
@@ -144,11 +135,6 @@ struct StageCounter {
   __device__ void Advance() {
     stage += kStep;
     if (stage >= kStages) stage -= kStages, phase ^= 1;
-  }
-  __device__ void Skip(unsigned count) {
-    count += stage;
-    stage = count % kStages;
-    phase ^= count / kStages & 1;
   }
   __device__ int Previous() const {
     return stage < kStep ? stage + kStages - kStep : stage - kStep;

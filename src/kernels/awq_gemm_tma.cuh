@@ -22,7 +22,6 @@ struct AwqGemmTmaParams {
   CUtensorMap x[2], words, scales, zeros;
   CUtensorMap sums[2], sum_scales, sum_zeros;  // of the chunks of x, where x is codes
   CUtensorMap part_sums;                       // TailParts::sums
-  CUtensorMap results;                         // y, where they leave through the pipeline
   AwqGemmParams p;
   TmaSchedule schedule;
   TailParts parts;
@@ -35,7 +34,6 @@ struct AwqGemmTmaParams {
   int group_rows;             // of a box of scales or zeros
   int batch_x, batch_weight;  // 1 where every batch entry has its own, 0 where all share one
   bool exchange;              // results pass through shared memory: splits meet, or activation
-  bool stage_results;         // they leave through the pipeline
 };
 
 // Named barriers of a CTA.
@@ -47,46 +45,6 @@ using TmaConsumer =
     std::conditional_t<sizeof(T) == 1, CodesConsumer<T, kTokens, kTiles>,
                        std::conditional_t<kTranspose, TransposedConsumer<T, S, kTokens>,
                                           WgmmaConsumer<T, S, kTokens, kTiles>>>;
-
-// The warp that sends what consumers have left in borrowed stages to y, and returns the stages.
-template <typename Tile>
-__device__ __forceinline__ void StoreStagedResults(const AwqGemmTmaParams& params, TmaWork work,
-                                                   uint32_t shared) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  StageCounter<Tile::kStages> at;
-  uint32_t phase = 0;
-  for (unsigned item = 0; item < work.items; ++item) {
-    work.Next();
-    at.Skip(work.share.count + work.parts * Tile::kPartStages);
-    if (work.leaves) continue;
-    unsigned batch, row, column;
-    params.schedule.order.Find(work.tile, &batch, &row, &column);
-    uint32_t stages[Tile::kResultStages];
-#pragma unroll
-    for (int i = 0; i < Tile::kResultStages; ++i) {
-      stages[i] = at.stage;
-      at.Advance();
-      BarrierWait(shared + Tile::kResultBarriersAt + 8 * i, phase);
-      if (!ElectOne()) continue;
-#pragma unroll
-      for (int box = 0; box < Tile::kXBoxes; ++box) {
-        const int rows = box * (Tile::kTokens / Tile::kXBoxes);
-        StoreBox(&params.results, Tile::X(shared, stages[i]) + rows * 128,
-                 column * Tile::kOutputs + i * 64, row * Tile::kTokens + rows, batch);
-      }
-    }
-    if (ElectOne()) {
-      WaitForStores();
-#pragma unroll
-      for (int i = 0; i < Tile::kResultStages; ++i) {
-        BarrierArrive(Tile::Empty(shared, stages[i]), Tile::kTeamWarps);
-      }
-    }
-    __syncwarp();
-    phase ^= 1;
-  }
-#endif
-}
 
 template <typename T, typename S, int kTokens, int kTiles, bool kTranspose>
 __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T), kTranspose>::kThreads,
@@ -111,8 +69,6 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T), kTranspose
   const unsigned split = work.split;
   const int group_shift = p.buffers.weight.group_shift;
   const bool has_zeros = p.buffers.weight.qzeros != nullptr;
-  // Consumers, the producer, and what stores results that leave through the pipeline.
-  constexpr int kWorkingWarps = Tile::kConsumerWarps + 1 + Tile::kStagesResults;
   if (warp == Tile::kConsumerWarps) {
     if (ElectOne()) {
       for (int s = 0; s < Tile::kStages; ++s) {
@@ -120,16 +76,13 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T), kTranspose
         BarrierInit(Tile::Empty(shared, s), Tile::kTeamWarps * members);
       }
       for (int w = 0; w < Tile::kConsumerWarps; ++w) BarrierInit(inbox_barriers + 8 * w, 1);
-      for (int i = 0; i < Tile::kResultStages; ++i) {
-        BarrierInit(shared + Tile::kResultBarriersAt + 8 * i, Tile::kTeamWarps / 2);
-      }
       BarrierInitFence();
     }
     __syncwarp();
-    // All others wait for that, the producer for nobody.
-    NamedBarrierArrive<kTmaBarriersReady, 32 * (kWorkingWarps)>();
-  } else if (warp < kWorkingWarps) {
-    NamedBarrierSync<kTmaBarriersReady, 32 * (kWorkingWarps)>();
+    // The consumers wait for that, the producer for nobody.
+    NamedBarrierArrive<kTmaBarriersReady, 32 * (Tile::kConsumerWarps + 1)>();
+  } else if (warp < Tile::kConsumerWarps) {
+    NamedBarrierSync<kTmaBarriersReady, 32 * (Tile::kConsumerWarps + 1)>();
   }
   // The fence above is release enough for barriers.
   if (Tile::kInboxApart && p.cluster) ClusterArriveRelaxed();
@@ -140,11 +93,6 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T), kTranspose
 
   if (warp >= Tile::kConsumerWarps) {
     if constexpr (Tile::kMoveRegisters) ReleaseRegisters<40>();
-    if constexpr (Tile::kStagesResults) {
-      if (warp == Tile::kConsumerWarps + 1 && params.stage_results) {
-        StoreStagedResults<Tile>(params, work, shared);
-      }
-    }
     if (warp != Tile::kConsumerWarps) return;
     const int group_rows = params.group_rows;
     const bool zeros_in_stage = has_zeros && !Tile::kCodes;
@@ -255,15 +203,6 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T), kTranspose
           }
         }
       }
-      if constexpr (Tile::kStagesResults) {  // lent to the consumers
-        if (params.stage_results && !work.leaves) {
-          for (int i = 0; i < Tile::kResultStages; ++i) {
-            BarrierWait(Tile::Empty(shared, at.stage), at.phase ^ 1);
-            if (ElectOne()) BarrierArrive(Tile::Full(shared, at.stage));
-            at.Advance();
-          }
-        }
-      }
     }
     return;
   }
@@ -337,28 +276,6 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T), kTranspose
       }
       const HalfWord<kTiles> half(epilogue, output0 + 8 * consumer.lane.word, consumer.lane.byte,
                                   token0 + lane % 4 * 2 + HalfWord<kTiles>::HasOdd());
-      if constexpr (Tile::kStagesResults) {
-        if (params.stage_results) {
-          // Its four words of a token in pieces of 16 bytes, swizzled as x.
-          const int token = lane % 4 * 2 + HalfWord<kTiles>::HasOdd();
-          const int piece = consumer.lane.word % 8 ^ token;
-          const int which = consumer.lane.word / 8;
-          const uint32_t to =
-              consumer.Borrow(which) + token * 128 + piece * 16 + consumer.lane.byte * 8;
-#pragma unroll
-          for (int b = 0; b < kTokens / 8; ++b) {
-            const float v[1][4] = {
-                {acc[0][4 * b], acc[0][4 * b + 1], acc[0][4 * b + 2], acc[0][4 * b + 3]}};
-            uint32_t pairs[2];
-            half.Round(epilogue, v, pairs);
-            StoreShared(to + b * 1024, pairs);
-          }
-          FenceProxyAsync();
-          __syncwarp();
-          if (lane == 0) BarrierArrive(shared + Tile::kResultBarriersAt + 8 * which);
-          continue;
-        }
-      }
 #pragma unroll
       for (int b = 0; b < kTokens / 8; ++b) {
         float v[kTiles][4];
@@ -479,15 +396,6 @@ cudaError_t LaunchTmaTile(const AwqGemmPlan& plan, const AwqGemmParams& p, cudaS
                                  Tile::kOutputs, Tile::kSumChunks);
   }
   if (!encoded) return cudaErrorInvalidValue;
-
-  if constexpr (Tile::kStagesResults) {
-    params.stage_results = !params.exchange && p.splits == 1 && SizeOf(p.out_dtype) == 2;
-    if (params.stage_results &&
-        !maps->Encode(&params.results, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, p.buffers.y, p.outputs,
-                      p.m, p.batch, 64, kTokens / Tile::kXBoxes, CU_TENSOR_MAP_SWIZZLE_128B)) {
-      return cudaErrorInvalidValue;
-    }
-  }
 
   const int64_t tiles =
       (p.m + kTokens - 1) / kTokens * ((columns + params.members - 1) / params.members) * p.batch;
