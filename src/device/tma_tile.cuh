@@ -61,10 +61,11 @@ struct TmaPipeline {
 };
 
 // With less to multiply, more copies in flight than memory needs only let some CTAs run ahead of
-// others, and the last to end decides. One stage less of 64 x 128 makes room for its inbox.
+// others, and the last to end decides. One stage less of 64 x 128 and 32 x 256 makes room for their
+// inboxes.
 template <int kTokens, int kTiles, int kElementBytes>
 constexpr int kMostTmaStages = kElementBytes == 1                        ? 16
-                               : kTokens == 64 && kTiles == 1            ? 5
+                               : kTokens * kTiles == 64                  ? 5
                                : kTokens <= 64 || kTokens * kTiles <= 96 ? 6
                                                                          : 16;
 

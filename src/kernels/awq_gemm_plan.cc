@@ -142,7 +142,7 @@ constexpr AwqGemmVariant kVariants[] = {
     {"decode_16", AwqGemmKernel::kDecode, 16, 128, 32, 2, true, 0, DecodeUnsupported<16>},
     {"few_8x256", AwqGemmKernel::kFew, 8, 256, 128, 1, true, 0.229, FewUnsupported<8>},
     {"few_16x256", AwqGemmKernel::kFew, 16, 256, 128, 1, true, 0.263, FewUnsupported<16>},
-    {"tma_32x128", AwqGemmKernel::kTma, 32, 128, 64, 2, true, 0.226, TmaUnsupported},
+    {"tma_32x128", AwqGemmKernel::kTma, 32, 128, 64, 2, true, 0.255, TmaUnsupported},
     {"tma_32x256", AwqGemmKernel::kTma, 32, 256, 64, 2, true, 0.41, TmaUnsupported},
     {"tma_48x256", AwqGemmKernel::kTma, 48, 256, 64, 2, true, 0.44, TightTmaUnsupported},
     {"tma_64x128", AwqGemmKernel::kTma, 64, 128, 64, 2, true, 0.276, TmaUnsupported},
@@ -170,9 +170,9 @@ constexpr AwqGemmVariant kVariants[] = {
     {"w4a8_64x256", AwqGemmKernel::kTma, 64, 256, 128, 1, true, 0.34, CodesUnsupported},
     {"w4a8_128x128", AwqGemmKernel::kTma, 128, 128, 128, 1, true, 0.26, CodesUnsupported},
     {"w4a8_256x128", AwqGemmKernel::kTma, 256, 128, 128, 1, true, 0.38, CodesSingleUnsupported},
-    {"transposed_128x128", AwqGemmKernel::kTma, 128, 128, 128, 1, true, 0.44,
+    {"transposed_128x128", AwqGemmKernel::kTma, 128, 128, 128, 1, true, 0.40,
      TransposedUnsupported},
-    {"transposed_256x128", AwqGemmKernel::kTma, 256, 128, 128, 1, true, 0.72,
+    {"transposed_256x128", AwqGemmKernel::kTma, 256, 128, 128, 1, true, 0.70,
      TransposedUnsupported},
     {"wgmma_16", AwqGemmKernel::kWgmma, 16, 256, 64, 2, true, 0, WgmmaUnsupported},
     {"wgmma_32", AwqGemmKernel::kWgmma, 32, 256, 64, 1, true, 0, WgmmaUnsupported},
@@ -274,7 +274,7 @@ const char* Choose(const AwqGemmProblem& p, const Device& device) {
     return ChooseTma(p, device);
   }
   // Below, its smallest tile is too large.
-  constexpr int kMinTransposedRows = 65;
+  constexpr int kMinTransposedRows = 17;
   if (m >= kMinTransposedRows && !p.batch_invariant && !TransposedUnsupported(p, device)) {
     return ChooseTma(p, device);
   }

@@ -57,8 +57,8 @@ VARIANTS = (
     "dequantize_dot",
     "simt",
 )
-# Of awq_gemm_w4a8 alone.
 OF_GRADIENTS = ("transposed_128x128", "transposed_256x128")  # of x
+# Of awq_gemm_w4a8 alone.
 OF_CODES = ("w4a8_32x256", "w4a8_64x256", "w4a8_128x128", "w4a8_256x128")
 MOST_ROWS = {"decode_8": 8, "decode_16": 16, "few_8x256": 8, "few_16x256": 16}
 TRANSPOSED = (
