@@ -12,6 +12,7 @@ from gpu.variants import (
     F32,
     MOST_ROWS,
     OF_CODES,
+    OF_GRADIENTS,
     TRANSPOSED,
     VARIANTS,
     Case,
@@ -379,7 +380,7 @@ def test_no_rows(variant, force):
 def test_every_variant_is_here():
     p = problem_of(Case(1, 256, 128))
     refused = refusals(awq_gemm, p.x.astype(np.float32), p.weight)
-    assert set(refused) == {*VARIANTS, *OF_CODES}
+    assert set(refused) == {*VARIANTS, *OF_GRADIENTS, *OF_CODES}
 
 
 @pytest.mark.parametrize(("x", "scales"), [(F16, F32), (F32, F16), (F32, F32)], ids=str)
