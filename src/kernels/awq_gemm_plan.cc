@@ -142,7 +142,7 @@ constexpr AwqGemmVariant kVariants[] = {
     {"decode_16", AwqGemmKernel::kDecode, 16, 128, 32, 2, true, 0, DecodeUnsupported<16>},
     {"few_8x256", AwqGemmKernel::kFew, 8, 256, 128, 1, true, 0.229, FewUnsupported<8>},
     {"few_16x256", AwqGemmKernel::kFew, 16, 256, 128, 1, true, 0.263, FewUnsupported<16>},
-    {"tma_32x128", AwqGemmKernel::kTma, 32, 128, 64, 2, true, 0.255, TmaUnsupported},
+    {"tma_32x128", AwqGemmKernel::kTma, 32, 128, 64, 2, true, 0.275, TmaUnsupported},
     {"tma_32x256", AwqGemmKernel::kTma, 32, 256, 64, 2, true, 0.41, TmaUnsupported},
     {"tma_48x256", AwqGemmKernel::kTma, 48, 256, 64, 2, true, 0.44, TightTmaUnsupported},
     {"tma_64x128", AwqGemmKernel::kTma, 64, 128, 64, 2, true, 0.276, TmaUnsupported},
