@@ -287,13 +287,13 @@ def test_efficiency_is_the_limit_over_the_time():
 def test_plot_of_the_committed_results(tmp_path):
     pytest.importorskip("matplotlib")
     results = Path(__file__).parents[1] / "benchmarks/results"
-    names = "nvidia_h100/awq_gemm.json", "nvidia_h200/peers.json"
+    names = "nvidia_h200/awq_gemm.json", "nvidia_h200/peers.json"
     files = [str(results / name) for name in names]
     assert main(["plot", *files, "--out", str(tmp_path / "a.svg"), "--note", "a note"]) == 0
     text = (tmp_path / "a.svg").read_text()
     for word in ("jax_awq", "xla_unpack", "marlin", "K = 8192, N = 28672", "a note"):
         assert word in text
-        assert word in (results / "nvidia_h100/efficiency.svg").read_text() or word == "a note"
+        assert word in (results / "nvidia_h200/efficiency.svg").read_text() or word == "a note"
 
 
 def test_plot_of_what_was_timed_nobody_knows_where(tmp_path):

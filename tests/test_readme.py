@@ -43,7 +43,7 @@ def test_table_of_schemes_is_the_committed_result():
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_performance_table_is_the_committed_result(dtype):
-    file = ROOT / "benchmarks/results/nvidia_h100/awq_gemm.json"
+    file = ROOT / "benchmarks/results/nvidia_h200/awq_gemm.json"
     table = report.overview(json.loads(file.read_text())["rows"], dtype)
     assert table.count("\n") == 17  # reading, and 1 to 8192 rows of x
     assert table in (ROOT / "README.md").read_text()
