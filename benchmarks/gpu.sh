@@ -18,11 +18,12 @@
 #   w4a8      awq_gemm_w4a8.json, verify.json
 #
 # SITE=<folder with jax_awq and its extension> takes another installation, WORKERS=<n> as many
-# test processes, PTX_WHEELS=<folder> wheels for ptx that are in its 75/ and 80/.
+# test processes, PTX_WHEELS=<folder> wheels for ptx that are in its 75/ and 80/, PTX_ARCHS=80 one
+# of the two.
 set -uo pipefail
 
 if [ $# -lt 2 ]; then
-  sed -n '2,22s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,23s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
 mkdir -p "$1"
@@ -36,6 +37,7 @@ SITE=${SITE:-$PWD/build/gpu/site}
 WORKERS=${WORKERS:-4}
 DTYPES=${DTYPES:-float16 bfloat16}
 PTX_WHEELS=${PTX_WHEELS:-}
+PTX_ARCHS=${PTX_ARCHS:-75 80}
 export XLA_PYTHON_CLIENT_PREALLOCATE=false
 export PYTHONSAFEPATH=1 # the installed package, not the Python files here without their kernels
 export PYTHONPATH=$SITE
@@ -154,7 +156,7 @@ for word in "$@"; do
       python3 -m jax_awq.bench quantize_activation --dtypes float16 --json "$OUT/quantize_activation.json"
       ;;
     ptx)
-      for arch in 75 80; do
+      for arch in $PTX_ARCHS; do
         site=$PWD/build/gpu/ptx$arch
         source=(. -C "cmake.define.JAX_AWQ_CUDA_ARCHITECTURES=$arch-virtual")
         if [ -n "$PTX_WHEELS" ]; then source=("$PTX_WHEELS/$arch/"*.whl); fi

@@ -4,12 +4,13 @@
 //     nvcc -O3 -std=c++17 -Isrc -gencode=arch=compute_90a,code=sm_90a benchmarks/sweep.cu
 //         src/kernels/*.cu src/kernels/*.cc -o sweep
 //     ./sweep "4096,4096 14336,4096" "1 16 64" "tma_64x256:4 few_8x256 decode_8"
-//     [f16|bf16|s8|e4m3] [G] [transposed]
+//     [f16|bf16|s8|e4m3] [G] [transposed|product] [SECONDS]
 //
 // One line a measurement: K N G M dtype variant split us error, the error against the simt kernel
 // relative to the largest result. A variant without a split takes the plan's,
-// and "auto" its variant too. With s8 and e4m3 x is such codes, and the simt kernel has them as
-// f16.
+// and "auto" its variant too. With SECONDS each is timed after so long of itself: the clock falls
+// where the power limit is reached. With s8 and e4m3 x is such codes, and the simt kernel has them
+// as f16.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -17,6 +18,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -105,7 +107,7 @@ float ToFloat(__nv_bfloat16 v) { return __bfloat162float(v); }
 template <typename T>
 void Sweep(const std::vector<std::string>& shapes, const std::vector<std::string>& ms,
            const std::vector<std::string>& variants, DType dtype, DType x_dtype, int64_t group,
-           bool transpose) {
+           bool transpose, double load_seconds) {
   constexpr size_t kPool = size_t{1} << 30;
   constexpr double kColdBytes = 240e6;
   cudaStream_t stream;
@@ -231,6 +233,12 @@ void Sweep(const std::vector<std::string>& shapes, const std::vector<std::string
         CHECK(cudaEventCreate(&start));
         CHECK(cudaEventCreate(&end));
         std::vector<float> times;
+        const auto begin = std::chrono::steady_clock::now();
+        while (std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count() <
+               load_seconds) {
+          for (int i = 0; i < 50; ++i) CHECK(cudaGraphLaunch(exec, stream));
+          CHECK(cudaStreamSynchronize(stream));
+        }
         for (int i = 0; i < 8; ++i) {
           CHECK(cudaEventRecord(start, stream));
           CHECK(cudaGraphLaunch(exec, stream));
@@ -262,9 +270,10 @@ int main(int argc, char** argv) {
   const std::string dtype = argc > 4 ? argv[4] : "f16";
   const int64_t group = argc > 5 ? std::stol(argv[5]) : 128;
   const bool transpose = argc > 6 && argv[6] == std::string("transposed");
+  const double load_seconds = argc > 7 ? std::atof(argv[7]) : 0;
   const auto sweep = [&](auto type, DType scales, DType x) {
     Sweep<decltype(type)>(Words(argv[1]), Words(argv[2]), Words(argv[3]), scales, x, group,
-                          transpose);
+                          transpose, load_seconds);
   };
   if (dtype == "bf16") {
     sweep(__nv_bfloat16(), DType::kBF16, DType::kBF16);
