@@ -49,6 +49,10 @@ install_to() { # directory, then what pip is told
   python3 -m pip install -q --no-deps --no-build-isolation --upgrade --target "$site" "$@"
 }
 
+see_gpu() { # site; rather than fail in every test: JAX drops the GPU when it refuses the extension
+  PYTHONPATH=$1 python3 -c 'import jax_awq, jax; assert jax.default_backend() == "gpu", jax.devices()'
+}
+
 record_tests() { # file, then what pytest is told; there are enough processes without BLAS's threads
   OPENBLAS_NUM_THREADS=1 python3 benchmarks/record_gpu_tests.py "$OUT/$1" -q -n "$WORKERS" --dist loadgroup "${@:2}"
 }
@@ -104,11 +108,8 @@ EOF
 for word in "$@"; do
   echo "== $word"
   case $word in
-    build | *.whl) ;;
-    *)
-      # Rather than fail in every test: JAX drops the GPU when it refuses the extension.
-      python3 -c 'import jax_awq, jax; assert jax.default_backend() == "gpu", jax.devices()' || exit
-      ;;
+    build | *.whl | ptx) ;;
+    *) see_gpu "$SITE" || exit ;;
   esac
   case $word in
     build) install_to "$SITE" . || exit ;;
@@ -160,7 +161,7 @@ for word in "$@"; do
         site=$PWD/build/gpu/ptx$arch
         source=(. -C "cmake.define.JAX_AWQ_CUDA_ARCHITECTURES=$arch-virtual")
         if [ -n "$PTX_WHEELS" ]; then source=("$PTX_WHEELS/$arch/"*.whl); fi
-        install_to "$site" "${source[@]}" &&
+        install_to "$site" "${source[@]}" && see_gpu "$site" &&
           PYTHONPATH=$site record_tests "gpu_tests_ptx$arch.json" tests/gpu || status=1
       done
       ;;
