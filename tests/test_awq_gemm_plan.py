@@ -110,7 +110,7 @@ def test_a_kernel_of_other_sums_cannot_be_forced(variant):
 
 
 def test_the_plan_takes_what_was_fastest():
-    """Where it takes a variant and split of a sweep, in which there are no stream_*."""
+    """Where it takes a variant and split of a sweep."""
     root = pathlib.Path(__file__).parents[1]
     swept: dict[tuple[int, ...], dict[tuple[str, int], float]] = {}
     for line in (root / "benchmarks/results/nvidia_h200/sweep.txt").read_text().splitlines():
@@ -124,9 +124,9 @@ def test_the_plan_takes_what_was_fastest():
         us = times.get((found["variant"], found["split_k"]))
         if us is not None:
             excess[problem] = us / min(times.values()) - 1
-    assert len(excess) >= 55
-    assert max(excess.values()) <= 0.05
-    assert sum(excess.values()) / len(excess) <= 0.005
+    assert len(excess) >= 85
+    assert max(excess.values()) <= 0.02
+    assert sum(excess.values()) / len(excess) <= 0.002
 
 
 @pytest.mark.parametrize(("k", "n"), SHAPES)

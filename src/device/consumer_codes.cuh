@@ -48,14 +48,13 @@ class CodesConsumer {
   using Codes = ByteCodes<T>;
 
  public:
-  __device__ CodesConsumer(uint32_t shared, int group_shift, bool has_zeros, bool bf16_scales,
-                           int first_rank, int members)
-      : lane(shared, has_zeros),
-        shared_(shared),
+  __device__ CodesConsumer(const StageReader<Tile>& reader, int group_shift, bool has_zeros,
+                           bool bf16_scales)
+      : lane(reader.shared, has_zeros),
+        shared_(reader.shared),
+        reader_(reader),
         single_(group_shift == kSingleGroup),
-        bf16_scales_(bf16_scales),
-        first_rank_(first_rank),
-        members_(members) {
+        bf16_scales_(bf16_scales) {
     const bool swapped = threadIdx.x % 4 >= 2;
     selector_ = KeepInRegister((swapped ? 0x2064 : 0x6420) + 0x1111 * lane.byte);
   }
@@ -129,7 +128,7 @@ class CodesConsumer {
       WgmmaWait<0>();
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) PinRegisters(sums[j]);
-      Release(stage);
+      reader_.Release(stage);
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
@@ -166,7 +165,7 @@ class CodesConsumer {
       for (int s = 0; s < 4; ++s) {
         // All but the newest are done: these registers are free again.
         WgmmaWait<1>();
-        if (s == 1 && previous >= 0) Release(previous);
+        if (s == 1 && previous >= 0) reader_.Release(previous);
         Get(codes[s], a[s % 2]);
         WgmmaFence();
 #pragma unroll
@@ -181,7 +180,7 @@ class CodesConsumer {
     WgmmaWait<0>();
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) PinRegisters(sums[j]);
-    Release(previous);
+    reader_.Release(previous);
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
@@ -255,7 +254,7 @@ class CodesConsumer {
       WgmmaWait<0>();
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) PinRegisters(acc[j]);
-      Release(stage);
+      reader_.Release(stage);
       at_.Advance();
     }
   }
@@ -290,16 +289,9 @@ class CodesConsumer {
     return bf16_scales_ ? LowerToFloat<__nv_bfloat16>(own) : LowerToFloat<__half>(own);
   }
 
-  // Members of a cluster write to each other's shared memory, so all hear of it. One predicated
-  // instruction: with branches here ptxas serializes the wgmmas.
-  __device__ void Release(int stage) const {
-    const int l = threadIdx.x % 32;
-    if (l < members_) BarrierArriveAt(Tile::Empty(shared_, stage), first_rank_ + l);
-  }
-
   const uint32_t shared_;
+  const StageReader<Tile> reader_;
   const bool single_, bf16_scales_;
-  const int first_rank_, members_;  // in the cluster, of those that share x
   uint32_t selector_;
   StageCounter<Tile::kStages> at_;
 };

@@ -8,9 +8,9 @@
 
 namespace jax_awq {
 
-template <typename T, typename S, int kTokens>
+template <typename T, typename S, int kTokens, int kWarps>
 class MmaConsumer {
-  using Tile = FewTile<kTokens>;
+  using Tile = FewTile<kTokens, kWarps>;
   static constexpr int kTiles = Tile::kTiles;
   using D = Dequant<T>;
   static constexpr int kBlocks = kTokens / 8;

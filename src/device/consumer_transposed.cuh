@@ -29,20 +29,21 @@ class TransposedConsumer {
     int word, byte;
   };
 
-  __device__ TransposedConsumer(uint32_t shared, int group_shift, bool has_zeros)
+  __device__ TransposedConsumer(const StageReader<Tile>& reader, int group_shift, bool has_zeros)
       : lane{TmaLane<Tile>::Word(threadIdx.x / 32 % Tile::kTeamWarps),
              TmaLane<Tile>::Byte(threadIdx.x / 32 % Tile::kTeamWarps)},
-        shared_(shared),
+        shared_(reader.shared),
+        reader_(reader),
         has_zeros_(KeepInRegister(has_zeros)) {
     const int l = threadIdx.x % 32;
     const int row = 8 * lane.word + 4 * lane.byte + l / 4 % 2;  // the other one is two on
     const int group = 8 * lane.word >> group_shift;
     shift_ = KeepInRegister(l % 4 * 4);
     // Pieces of 16 bytes are swizzled by the row, whose bits for it are those of the byte.
-    words_at_[0] = KeepInRegister(Tile::Words(shared, 0) + row * kRowBytes + (2 * lane.byte << 4));
+    words_at_[0] = KeepInRegister(Tile::Words(shared_, 0) + row * kRowBytes + (2 * lane.byte << 4));
     words_at_[1] = KeepInRegister(words_at_[0] + 2 * kRowBytes ^ 1 << 4);
-    scales_at_ = KeepInRegister(Tile::Scales(shared, 0) + group * 2 * Tile::kDepth + l % 4 * 4);
-    zeros_at_ = KeepInRegister(Tile::Zeros(shared, 0) + group * kRowBytes);
+    scales_at_ = KeepInRegister(Tile::Scales(shared_, 0) + group * 2 * Tile::kDepth + l % 4 * 4);
+    zeros_at_ = KeepInRegister(Tile::Zeros(shared_, 0) + group * kRowBytes);
   }
 
   // As WgmmaConsumer's.
@@ -78,7 +79,7 @@ class TransposedConsumer {
       for (int s = 0; s < kSteps; ++s) {
         // All but the newest group of wgmmas are done: these registers are free again.
         WgmmaWait<1>();
-        if (s == 1 && i > 0) Release(at_.Previous());
+        if (s == 1 && i > 0) reader_.Release(at_.Previous());
 #pragma unroll
         for (int pair = 0; pair < 2; ++pair) {
           const int w = 2 * s + pair;
@@ -99,16 +100,12 @@ class TransposedConsumer {
     }
     WgmmaWait<0>();
     PinRegisters(acc[0]);
-    Release(at_.Previous());
+    reader_.Release(at_.Previous());
   }
 
   const Lane lane;
 
  private:
-  __device__ void Release(int stage) const {
-    if (threadIdx.x % 32 == 0) BarrierArrive(Tile::Empty(shared_, stage));
-  }
-
   __device__ static auto MakeScale(uint32_t pair) {
     if constexpr (std::is_same_v<T, S>) {
       return pair;
@@ -117,7 +114,9 @@ class TransposedConsumer {
     }
   }
 
-  const uint32_t shared_, has_zeros_;
+  const uint32_t shared_;
+  const StageReader<Tile> reader_;
+  const uint32_t has_zeros_;
   uint32_t shift_, words_at_[2], scales_at_, zeros_at_;
   StageCounter<Tile::kStages> at_;
 };

@@ -19,8 +19,11 @@ class WgmmaConsumer {
   using Scale = std::conditional_t<std::is_same_v<T, S>, uint32_t, typename D::Scale>;
 
  public:
-  __device__ WgmmaConsumer(uint32_t shared, int group_shift, bool has_zeros)
-      : lane(shared, has_zeros), shared_(shared), group_shift_(group_shift) {}
+  __device__ WgmmaConsumer(const StageReader<Tile>& reader, int group_shift, bool has_zeros)
+      : lane(reader.shared, has_zeros),
+        shared_(reader.shared),
+        reader_(reader),
+        group_shift_(group_shift) {}
 
   // Sums over this CTA's share of the contraction: acc[j][4 b + 2 h + i] of tile j, row g + 8 h,
   // token 8 b + 2 t + i.
@@ -57,7 +60,7 @@ class WgmmaConsumer {
         }
         // All but the newest group of wgmmas are done: these registers are free again.
         WgmmaWait<1>();
-        if (s == 1 && i > 0) Release(at_.Previous());
+        if (s == 1 && i > 0) reader_.Release(at_.Previous());
         Dequantize(codes[s / 2][s % 2 * 2], codes[s / 2][s % 2 * 2 + 1], a[s % 2]);
         WgmmaFence();
 #pragma unroll
@@ -76,7 +79,7 @@ class WgmmaConsumer {
     WgmmaWait<0>();
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) PinRegisters(acc[j]);
-    Release(at_.Previous());
+    reader_.Release(at_.Previous());
   }
 
   // Adds what another CTA has left of the same tile.
@@ -94,7 +97,7 @@ class WgmmaConsumer {
         sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w;
       }
       __syncwarp();  // the arrival below is one lane's, for what all have read
-      Release(at_.stage);
+      reader_.Release(at_.stage);
       at_.Advance();
     }
   }
@@ -102,10 +105,6 @@ class WgmmaConsumer {
   const TmaLane<Tile> lane;
 
  private:
-  __device__ void Release(int stage) const {
-    if (threadIdx.x % 32 == 0) BarrierArrive(Tile::Empty(shared_, stage));
-  }
-
   __device__ void EnterGroup(int stage, int row) {
     uint32_t scales[2 * kTiles], zeros;
     lane.LoadGroup(stage, row, scales, &zeros);
@@ -139,6 +138,7 @@ class WgmmaConsumer {
   }
 
   const uint32_t shared_;
+  const StageReader<Tile> reader_;
   const int group_shift_;
   StageCounter<Tile::kStages> at_;
   Scale scale_[2 * kTiles];

@@ -16,22 +16,34 @@ constexpr int MostParts(int chunks) {
   return most;
 }
 
-template <int kTokens>
-struct FewTile : TmaPipeline<kTokens, 2, 2, 128, 6> {
-  using Pipeline = TmaPipeline<kTokens, 2, 2, 128, 6>;
-  // Stages on their way at a time. More than memory needs (40 KB a processor) would only delay what
-  // is needed first: it answers in no order.
-  static constexpr int kInFlight = 3;
+// Of the teams of a CTA, by their warps.
+struct FewTeams {
+  int teams;
+  int stages;
+  int in_flight;  // stages on their way at a time
+};
+constexpr FewTeams TeamsOf(int warps) {
+  return warps == 4 ? FewTeams{3, 9, 6} : warps == 6 ? FewTeams{2, 8, 4} : FewTeams{2, 6, 3};
+}
+
+// A warp has 32 outputs. Tiles of 256 read whole lines of memory, narrower ones are for weights
+// that those would divide unevenly among the processors.
+template <int kTokens, int kWarps>
+struct FewTile : TmaPipeline<kTokens, 2, 2, 128, TeamsOf(kWarps).stages, kWarps> {
+  using Pipeline = TmaPipeline<kTokens, 2, 2, 128, TeamsOf(kWarps).stages, kWarps>;
+  // More in flight than memory needs (40 KB a processor) would only delay what is needed first: it
+  // answers in no order.
+  static constexpr int kInFlight = TeamsOf(kWarps).in_flight;
   static_assert(kInFlight < Pipeline::kStages);
-  // Teams of eight warps take turns at the stages. Each stage is always the same team's: a team
-  // that runs ahead would take a stage of the other's that is not full yet for one of its own.
-  static constexpr int kTeams = 2;
+  // Teams take turns at the stages. Each stage is always the same team's: a team that runs ahead
+  // would take a stage of another's that is not full yet for one of its own.
+  static constexpr int kTeams = TeamsOf(kWarps).teams;
   static_assert(Pipeline::kStages % kTeams == 0);
-  static constexpr int kConsumerWarps = kTeams * Pipeline::kTeamWarps;
+  static constexpr int kConsumerWarps = kTeams * kWarps;
   static constexpr int kConsumers = 32 * kConsumerWarps;
   static constexpr int kThreads = kConsumers + 32;
 
-  // Sums of a chunk, 32 outputs. Teams give each other what the other one finishes. Members push
+  // Sums of a chunk, 32 outputs. Teams give each other what another one finishes. Members push
   // theirs while the pipeline of their owner still runs, so that nothing of it shares this memory.
   using Unit = SumUnit<2, 1>;
   static constexpr int kUnits = kTokens / Unit::kTokens;  // of a chunk
@@ -39,9 +51,10 @@ struct FewTile : TmaPipeline<kTokens, 2, 2, 128, 6> {
   static constexpr int kChunkBytes = kUnits * Unit::kBytes;
   static constexpr int kInboxBarrierAt = Pipeline::kPipelineBytes;
   static constexpr int kTeamSumsAt = kInboxBarrierAt + 16;
-  static constexpr int kInboxAt = Unit::Aligned(kTeamSumsAt + Pipeline::kTeamWarps * kChunkBytes);
+  static constexpr int kTeamSumBytes = (kTeams - 1) * kChunkBytes;  // of a chunk
+  static constexpr int kInboxAt = Unit::Aligned(kTeamSumsAt + kWarps * kTeamSumBytes);
   static constexpr int kSharedBytes =
-      kInboxAt + MostParts(Pipeline::kTeamWarps) * kChunkBytes + Pipeline::kAlignment;
+      kInboxAt + MostParts(kWarps) * kChunkBytes + Pipeline::kAlignment;
   static_assert(kSharedBytes <= 227 * 1024);
 };
 

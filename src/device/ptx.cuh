@@ -266,12 +266,11 @@ __device__ __forceinline__ void BarrierArrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Arrives at the barrier at the same address of cluster member `rank`: this thread has read what
-// the member wants to overwrite. Says nothing of writes: with .release.cluster ptxas puts a MEMBAR
-// in front, which waits for all memory, hundreds of clocks in every stage of a pipeline.
-__device__ __forceinline__ void BarrierArriveAt(uint32_t barrier, uint32_t rank) {
-  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(MapToRank(barrier, rank))
-               : "memory");
+// Arrives at a barrier of a member of the cluster (MapToRank): this thread has read what the member
+// wants to overwrite. Says nothing of writes: with .release.cluster ptxas puts a MEMBAR in front,
+// which waits for all memory, hundreds of clocks in every stage of a pipeline.
+__device__ __forceinline__ void BarrierArriveRemote(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
 __device__ __forceinline__ void BarrierArriveExpecting(uint32_t barrier, uint32_t bytes) {

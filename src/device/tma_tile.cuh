@@ -10,25 +10,30 @@
 namespace jax_awq {
 
 // The pipeline in shared memory: stages of kDepth indices of K, of which TMA brings x, words,
-// scales and zero points. kTiles: 64-row tiles of outputs of a warpgroup; kElementBytes: of x.
-template <int kTokens_, int kTiles_, int kElementBytes, int kDepth_, int kMaxStages>
+// scales and zero points. kTiles: tiles of 16 outputs of a warp; kElementBytes: of x; kTeamWarps:
+// that share the work on a stage.
+template <int kTokens_, int kTiles_, int kElementBytes, int kDepth_, int kMaxStages,
+          int kTeamWarps_ = 8>
 struct TmaPipeline {
   static constexpr int kTokens = kTokens_;
   static constexpr int kTiles = kTiles_;
   static constexpr int kDepth = kDepth_;
-  static constexpr int kOutputs = 128 * kTiles;
+  static constexpr int kTeamWarps = kTeamWarps_;
+  static constexpr int kOutputs = 16 * kTiles * kTeamWarps;
   static constexpr bool kCodes = kElementBytes == 1;
-  static constexpr int kTeamWarps = 8;  // that share the work on a stage
 
   // x lies in parts of 128 bytes a row, a row of the 128-byte swizzle.
   static constexpr int kParts = kDepth * kElementBytes / 128;
   static constexpr int kPartDepth = 128 / kElementBytes;
   static constexpr int kXBytes = kTokens * kDepth * kElementBytes;
   static constexpr int kXBoxes = (kTokens + 255) / 256;  // a box has at most 256 rows
-  static constexpr int kWordBytes = kDepth * kOutputs / 2;
+  // A row of words is one of its swizzle, all of it or less.
+  static constexpr int kWordRowBytes = 64 * kTiles;
+  static_assert(kOutputs / 2 <= kWordRowBytes);
+  static constexpr int kWordBytes = kDepth * kWordRowBytes;
   static constexpr int kGroupRows = kCodes ? 1 : kDepth / 32;  // at most
   static constexpr int kScaleBytes = kGroupRows * kOutputs * 2;
-  static constexpr int kZeroBytes = kGroupRows * kOutputs / 2;
+  static constexpr int kZeroBytes = (kGroupRows * kOutputs / 2 + 127) / 128 * 128;
   static constexpr int kStageBytes = kXBytes + kWordBytes + kScaleBytes + kZeroBytes;
   static constexpr int kAlignment = 1024;  // dynamic shared memory may start anywhere
 
@@ -91,6 +96,9 @@ struct TmaTile : TmaPipeline<kTokens, kTiles, kElementBytes, kTmaDepth<kElementB
   static constexpr int kCtas = !Pipeline::kCodes && kTokens * kTiles <= 96 ? 2 : 1;  // a processor
   static constexpr bool kStreams =  // can share tiles: stream_*
       !Pipeline::kCodes && !kTranspose && kCtas == 1;
+  // Can be copied for two CTAs side by side at once: x, which is most of what large tiles read.
+  static constexpr bool kSharesX =
+      kTiles == 1 && !kTranspose && (Pipeline::kCodes || kTokens >= 160);
   static constexpr bool kFewRegisters = kCtas > 1 && kTokens* kTiles > 64;
   // Whether what every warp finishes is found before the loop over K: where registers are left.
   static constexpr bool kTurnsFirst = !Pipeline::kCodes && kTiles == 1 && kTokens <= 128;
@@ -129,6 +137,33 @@ struct TmaTile : TmaPipeline<kTokens, kTiles, kElementBytes, kTmaDepth<kElementB
   static constexpr int kSumWordBytes = kSumZerosAt + kSumChunks * Pipeline::kOutputs / 2;
 };
 
+// How a warp says that it has read a stage: to its own CTA, and to the other one where two write x
+// to each other's shared memory.
+template <typename Tile>
+struct StageReader {
+  __device__ StageReader(uint32_t shared, unsigned member, unsigned members) : shared(shared) {
+    if constexpr (Tile::kSharesX) {
+      const bool speaks = members > 1 && threadIdx.x % 32 == 0;
+      other = KeepInRegister(speaks ? MapToRank(Tile::Empty(shared, 0), 1 - member) : 0);
+    }
+  }
+
+  // Predicated instructions: with branches here ptxas serializes the wgmmas.
+  __device__ void Release(int stage) const {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    if (threadIdx.x % 32 == 0) BarrierArrive(Tile::Empty(shared, stage));
+    if constexpr (Tile::kSharesX) {
+      if (other != 0) BarrierArriveRemote(other + 8 * stage);
+    }
+#endif
+  }
+
+  const uint32_t shared;
+
+ private:
+  uint32_t other;  // its first Empty, or 0
+};
+
 template <int kStages, int kStep = 1>
 struct StageCounter {
   int stage = 0;
@@ -160,7 +195,7 @@ struct TmaLane {
     byte = Byte(warp);
     half_selector = KeepInRegister(lane / 4 % 2 ? 0x3232 : 0x1010);
     const int row = Tile::kCodes ? CodesRow(lane) : lane;
-    words_at = KeepInRegister(Tile::Words(shared, 0) + row * (Tile::kOutputs / 2) +
+    words_at = KeepInRegister(Tile::Words(shared, 0) + row * Tile::kWordRowBytes +
                               ((chunk ^ (kTiles == 2 ? row % 8 : row / 2 % 4)) << 4));
     scales_at = KeepInRegister(Tile::Scales(shared, 0) + 16 * word + 8 * byte);
     zeros_at = KeepInRegister(Tile::Zeros(shared, 0) + 4 * word);
@@ -187,7 +222,8 @@ struct TmaLane {
     for (int h = 0; h < Tile::kDepth / 32; ++h) LoadCodes(stage, h, codes[h]);
   }
   __device__ void LoadCodes(int stage, int h, uint32_t (&codes)[4]) const {
-    LoadMatrix4Transposed(codes, words_at + stage * Tile::kWordBytes + h * 16 * Tile::kOutputs);
+    LoadMatrix4Transposed(codes,
+                          words_at + stage * Tile::kWordBytes + h * 32 * Tile::kWordRowBytes);
   }
 
   // The scales of the lane's outputs, each twice, and its zero points, in the same places of two

@@ -48,6 +48,7 @@ struct AwqGemmPlan {
   int tile_tokens = 0;
   int tile_outputs = 0;
   int split_k = 1;
+  int members = 1;        // CTAs side by side that share x, which is copied to all at once
   int resident_ctas = 0;  // that the device runs at once
   bool cluster = false;   // splits meet in a thread block cluster; otherwise in the workspace
   bool stream_k = false;  // all CTAs share the tiles that would not fill a wave (see TmaSchedule)

@@ -11,16 +11,18 @@ namespace {
 constexpr double kLaunch = 1.0;
 
 // Until the first step, and after the last.
-constexpr double FillMicroseconds(bool few) { return few ? 0.74 : 2.05; }
+constexpr double kFill = 2.1;
 
-// Microseconds of a step of each of `ctas` at work at once. The clock falls under load, and memory
-// gives less in narrow rows; rows of tiles after the first find the weight in the L2.
+// Microseconds of a step of each of `ctas` at work at once. The clock falls under load, and rows of
+// tiles after the first find the weight in the L2.
 double StepMicroseconds(const AwqGemmProblem& p, const Device& device, const AwqGemmVariant& v,
                         int64_t ctas, double share = 1.0) {
   constexpr double kPower = 0.142;
   // Of codes, a scale and a zero point for each output and 64 indices of groups of 128.
   constexpr double kOutputBytes = 64 * (0.5 + 2.5 / 128);
-  const double rate = v.outputs == 256 ? 3.03e6 : 2.44e6;  // bytes a microsecond
+  // Bytes a microsecond: less where a tile's rows of words are few of them, or begin within a
+  // sector of memory.
+  const double rate = v.outputs == 224 ? 3.88e6 : v.outputs == 128 ? 4.05e6 : 4.2e6;
   const double busy = std::min(1.0, static_cast<double>(ctas) / device.sm_count);
   const double us = v.step_us * (1.0 + kPower * std::max(0.0, busy - 0.5)) * share;
   return p.m > v.tokens ? us : std::max(us, ctas * v.outputs * kOutputBytes / rate);
@@ -40,8 +42,8 @@ int64_t Tiles(const AwqGemmProblem& p, const AwqGemmVariant& v) {
 // cluster write to each other, with what of a wave does not depend on the work.
 double WaveMicroseconds(const AwqGemmProblem& p, const Device& device, const AwqGemmVariant& v,
                         int split, int64_t clusters) {
+  constexpr double kMeet = 0.04;
   constexpr double kRemoteBytes = 29e3;  // a microsecond, that a processor writes to others
-  const bool few = v.kernel == AwqGemmKernel::kFew;
   const bool shared = v.ctas_per_sm > 1 && clusters > ResidentClusters(device, 1, split);
   // How much longer steps of two CTAs on a processor take, more where they mostly multiply.
   const bool multiply = p.m > v.tokens || (v.tokens > 48 && split == 1);
@@ -50,8 +52,7 @@ double WaveMicroseconds(const AwqGemmProblem& p, const Device& device, const Awq
   const double us = steps * StepMicroseconds(p, device, v, clusters * split, share);
   if (split == 1) return us;
   const double tile_bytes = 4.0 * std::min<int64_t>(p.m, v.tokens) * v.outputs * (1 + shared);
-  return us + FillMicroseconds(few) + (few ? 1.73 : 0.04) +
-         tile_bytes * (split - 1) / split / kRemoteBytes;
+  return us + kFill + kMeet + tile_bytes * (split - 1) / split / kRemoteBytes;
 }
 
 // Of shares that begin anywhere in K, each step reads other rows of x and of the weight, and what
@@ -106,7 +107,7 @@ double TmaMicroseconds(const AwqGemmProblem& p, const Device& device, const AwqG
   if (split > 1) return us;
   // Without splits the next tile's copies begin while this one's results are stored, but all
   // processors store at once.
-  return us + FillMicroseconds(v.kernel == AwqGemmKernel::kFew) + full * StoreMicroseconds(v);
+  return us + kFill + full * StoreMicroseconds(v);
 }
 
 int BestTmaSplit(const AwqGemmProblem& p, const Device& device, const AwqGemmVariant& v) {
@@ -140,7 +141,7 @@ double StreamMicroseconds(const AwqGemmProblem& p, const Device& device, const A
   const int64_t steps = CeilDiv(p.contraction(), v.depth);
   const double whole_us =
       steps * StepMicroseconds(p, device, v, stream.ctas) + StoreMicroseconds(v);
-  const double us = kLaunch + FillMicroseconds(false) + stream.whole / stream.ctas * whole_us;
+  const double us = kLaunch + kFill + stream.whole / stream.ctas * whole_us;
   if (stream.shared == 0) return us;
   // One of its own, and those of all others that have a part of the tile that it finishes.
   const int64_t parts = 1 + CeilDiv(stream.ctas, stream.shared);

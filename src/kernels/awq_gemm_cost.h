@@ -1,4 +1,4 @@
-// Microseconds that kernels of awq_gemm take, by a model fitted to an H100 (benchmarks/NOTES.md),
+// Microseconds that kernels of awq_gemm take, by a model fitted to an H200 (benchmarks/NOTES.md),
 // to compare them: the right tile and split follow for shapes nobody has timed. Plain C++.
 #pragma once
 

@@ -1,7 +1,7 @@
 // Up to 16 tokens on sm_90a: reading the weights is all the work there is.
 //
-// A CTA has 256 outputs and all tokens, and the members of a cluster divide K. Two teams of eight
-// warps take turns at the stages of one pipeline. Once little is left to read, time goes to what a
+// A CTA has up to 256 outputs and all tokens, and the members of a cluster divide K. Teams of warps
+// take turns at the stages of one pipeline. Once little is left to read, time goes to what a
 // single warp does one instruction after the other: so no division and no wait stands before the
 // first copy, and sums are pushed to the member that finishes them, who alone waits.
 
@@ -45,7 +45,7 @@ __device__ __forceinline__ void Produce(const FewParams& params, const Share& sh
   const int x_batch = blockIdx.z * params.batch_x;
   const int weight_batch = blockIdx.z * params.batch_weight;
   const uint32_t bytes =
-      params.x_rows * Tile::kDepth * 2 + Tile::kWordBytes +
+      params.x_rows * Tile::kDepth * 2 + Tile::kDepth * Tile::kOutputs / 2 +
       params.group_rows * (Tile::kOutputs * 2 + (has_zeros ? Tile::kOutputs / 2 : 0));
   // What is of the weight, and announces the whole stage; and what is of x.
   const auto copy_weight = [&](int stage, int i) {
@@ -114,11 +114,11 @@ __device__ __forceinline__ void Produce(const FewParams& params, const Share& sh
 #endif
 }
 
-template <typename T, typename S, int kTokens>
-__global__ void __launch_bounds__(FewTile<kTokens>::kThreads, 1)
+template <typename T, typename S, int kTokens, int kWarps>
+__global__ void __launch_bounds__(FewTile<kTokens, kWarps>::kThreads, 1)
     AwqGemmFewKernel(const __grid_constant__ FewParams params) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using Tile = FewTile<kTokens>;
+  using Tile = FewTile<kTokens, kWarps>;
   const AwqGemmParams& p = params.p;
   extern __shared__ char unaligned[];
   const uint32_t shared =
@@ -132,8 +132,8 @@ __global__ void __launch_bounds__(FewTile<kTokens>::kThreads, 1)
     return;
   }
 
-  MmaConsumer<T, S, kTokens> consumer(shared, p.buffers.weight.group_shift,
-                                      p.buffers.weight.qzeros != nullptr);
+  MmaConsumer<T, S, kTokens, kWarps> consumer(shared, p.buffers.weight.group_shift,
+                                              p.buffers.weight.qzeros != nullptr);
   using Unit = typename Tile::Unit;
   const int lane = threadIdx.x % 32;
   const int m = static_cast<int>(p.m);
@@ -170,7 +170,9 @@ __global__ void __launch_bounds__(FewTile<kTokens>::kThreads, 1)
   float acc[Tile::kTiles][kTokens / 2];
   consumer.Accumulate(share, acc);
 
-  const uint32_t team_sums = shared + Tile::kTeamSumsAt + chunk * Tile::kChunkBytes + 16 * lane;
+  // A unit has the sums of all teams but the one that finishes it.
+  const uint32_t team_sums = shared + Tile::kTeamSumsAt + chunk * Tile::kTeamSumBytes + 16 * lane;
+  constexpr int kOthers = Tile::kTeams - 1;
   float4 sums[2];  // of this team's unit
 #pragma unroll
   for (int b = 0; b < Tile::kUnits; ++b) {
@@ -180,7 +182,8 @@ __global__ void __launch_bounds__(FewTile<kTokens>::kThreads, 1)
       if (b == team) {
         sums[i] = v;
       } else {
-        StoreSharedFour(team_sums + b * Unit::kBytes + i * Unit::kVectorBytes, v);
+        const int part = b * kOthers + (kOthers == 1 ? 0 : team - (team > b));
+        StoreSharedFour(team_sums + part * Unit::kBytes + i * Unit::kVectorBytes, v);
       }
     }
   }
@@ -190,8 +193,10 @@ __global__ void __launch_bounds__(FewTile<kTokens>::kThreads, 1)
   }
   NamedBarrierSync<kTeamSumsReady, Tile::kConsumers>();
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    Add(sums[i], LoadSharedFour(team_sums + team * Unit::kBytes + i * Unit::kVectorBytes));
+  for (int other = 0; other < kOthers; ++other) {
+    const uint32_t part = team_sums + (team * kOthers + other) * Unit::kBytes;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) Add(sums[i], LoadSharedFour(part + i * Unit::kVectorBytes));
   }
 
   const uint32_t to = inbox + rank * Unit::kBytes;
@@ -216,9 +221,9 @@ __global__ void __launch_bounds__(FewTile<kTokens>::kThreads, 1)
 #endif
 }
 
-template <typename T, typename S, int kTokens>
-cudaError_t LaunchTokens(const AwqGemmParams& p, cudaStream_t stream) {
-  using Tile = FewTile<kTokens>;
+template <typename T, typename S, int kTokens, int kWarps>
+cudaError_t LaunchTile(const AwqGemmParams& p, cudaStream_t stream) {
+  using Tile = FewTile<kTokens, kWarps>;
   const TensorMaps* maps = TensorMaps::Get();
   if (maps == nullptr) return cudaErrorNotSupported;
   const AwqWeight& w = p.buffers.weight;
@@ -237,23 +242,36 @@ cudaError_t LaunchTokens(const AwqGemmParams& p, cudaStream_t stream) {
                     params.x_rows, CU_TENSOR_MAP_SWIZZLE_128B) ||
       !maps->EncodeWeight(&params.words, &params.scales, &params.zeros, w,
                           params.batch_weight ? p.batch : 1, Tile::kOutputs, Tile::kDepth,
-                          params.group_rows)) {
+                          params.group_rows, Tile::kWordRowBytes,
+                          CU_TENSOR_MAP_L2_PROMOTION_NONE)) {
     return cudaErrorInvalidValue;
   }
   const dim3 grid(p.splits,
                   static_cast<unsigned>((p.outputs + Tile::kOutputs - 1) / Tile::kOutputs),
                   static_cast<unsigned>(p.batch));
-  return LaunchClusters(AwqGemmFewKernel<T, S, kTokens>, params, p.cluster_size(), grid,
+  return LaunchClusters(AwqGemmFewKernel<T, S, kTokens, kWarps>, params, p.cluster_size(), grid,
                         Tile::kThreads, Tile::kSharedBytes, stream, p.buffers.overlap);
 }
 
 template <typename T, typename S>
 cudaError_t Launch(const AwqGemmPlan& plan, const AwqGemmParams& params, cudaStream_t stream) {
-  switch (plan.tile_tokens) {
-    case 8:
-      return LaunchTokens<T, S, 8>(params, stream);
-    case 16:
-      return LaunchTokens<T, S, 16>(params, stream);
+  switch (plan.tile_tokens * 1000 + plan.tile_outputs) {
+    case 8128:
+      return LaunchTile<T, S, 8, 4>(params, stream);
+    case 8192:
+      return LaunchTile<T, S, 8, 6>(params, stream);
+    case 8224:
+      return LaunchTile<T, S, 8, 7>(params, stream);
+    case 8256:
+      return LaunchTile<T, S, 8, 8>(params, stream);
+    case 16128:
+      return LaunchTile<T, S, 16, 4>(params, stream);
+    case 16192:
+      return LaunchTile<T, S, 16, 6>(params, stream);
+    case 16224:
+      return LaunchTile<T, S, 16, 7>(params, stream);
+    case 16256:
+      return LaunchTile<T, S, 16, 8>(params, stream);
     default:
       return cudaErrorInvalidValue;
   }

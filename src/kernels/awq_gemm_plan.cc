@@ -140,8 +140,14 @@ const char* DequantizeDotUnsupported(const AwqGemmProblem& p, const Device& devi
 constexpr AwqGemmVariant kVariants[] = {
     {"decode_8", AwqGemmKernel::kDecode, 8, 128, 32, 3, true, 0, DecodeUnsupported<8>},
     {"decode_16", AwqGemmKernel::kDecode, 16, 128, 32, 2, true, 0, DecodeUnsupported<16>},
-    {"few_8x256", AwqGemmKernel::kFew, 8, 256, 128, 1, true, 0.229, FewUnsupported<8>},
-    {"few_16x256", AwqGemmKernel::kFew, 16, 256, 128, 1, true, 0.263, FewUnsupported<16>},
+    {"few_8x128", AwqGemmKernel::kFew, 8, 128, 128, 1, true, 0.1035, FewUnsupported<8>},
+    {"few_8x192", AwqGemmKernel::kFew, 8, 192, 128, 1, true, 0.16, FewUnsupported<8>},
+    {"few_8x224", AwqGemmKernel::kFew, 8, 224, 128, 1, true, 0.2005, FewUnsupported<8>},
+    {"few_8x256", AwqGemmKernel::kFew, 8, 256, 128, 1, true, 0.208, FewUnsupported<8>},
+    {"few_16x128", AwqGemmKernel::kFew, 16, 128, 128, 1, true, 0.127, FewUnsupported<16>},
+    {"few_16x192", AwqGemmKernel::kFew, 16, 192, 128, 1, true, 0.197, FewUnsupported<16>},
+    {"few_16x224", AwqGemmKernel::kFew, 16, 224, 128, 1, true, 0.237, FewUnsupported<16>},
+    {"few_16x256", AwqGemmKernel::kFew, 16, 256, 128, 1, true, 0.271, FewUnsupported<16>},
     {"tma_32x128", AwqGemmKernel::kTma, 32, 128, 64, 2, true, 0.275, TmaUnsupported},
     {"tma_32x256", AwqGemmKernel::kTma, 32, 256, 64, 2, true, 0.41, TmaUnsupported},
     {"tma_48x256", AwqGemmKernel::kTma, 48, 256, 64, 2, true, 0.44, TightTmaUnsupported},
@@ -157,6 +163,7 @@ constexpr AwqGemmVariant kVariants[] = {
     {"tma_256x128", AwqGemmKernel::kTma, 256, 128, 64, 1, true, 0.66, TmaUnsupported},
     {"tma_288x128", AwqGemmKernel::kTma, 288, 128, 64, 1, true, 0.75, TmaUnsupported},
     {"tma_320x128", AwqGemmKernel::kTma, 320, 128, 64, 1, true, 0.845, TmaUnsupported},
+    {"stream_64x256", AwqGemmKernel::kTma, 64, 256, 64, 1, false, 0.47, StreamUnsupported},
     {"stream_96x256", AwqGemmKernel::kTma, 96, 256, 64, 1, false, 0.567, StreamUnsupported},
     {"stream_128x128", AwqGemmKernel::kTma, 128, 128, 64, 1, false, 0.373, StreamUnsupported},
     {"stream_128x256", AwqGemmKernel::kTma, 128, 256, 64, 1, false, 0.676, StreamUnsupported},
@@ -256,7 +263,7 @@ const char* ChooseTma(const AwqGemmProblem& p, const Device& device) {
     if (best == nullptr || us < best_us) best = &v, best_us = us;
   }
   // The library's rate is that of a processor under load, the constants here of one that is not.
-  constexpr double kLoad = 1.1;
+  constexpr double kLoad = 1.07;
   if (Runs("dequantize_dot", p, device) && DequantizeDotMicroseconds(p, device) < kLoad * best_us) {
     return "dequantize_dot";
   }
@@ -316,6 +323,16 @@ int ChooseSplit(const AwqGemmProblem& p, const Device& device, const AwqGemmVari
   return split;
 }
 
+// With codes of one byte x has to be read once for two CTAs to come in time. Otherwise that saves
+// power, which under load is speed, but neighbours wait for each other: it has to be worth it.
+int Members(const AwqGemmProblem& p, const Device& device, const AwqGemmVariant& v, int split) {
+  const int64_t columns = CeilDiv(p.outputs(), v.outputs);
+  if (v.kernel != AwqGemmKernel::kTma || v.outputs > 128 || split > 1 || columns < 2) return 1;
+  if (IsCodes(p)) return 2;
+  const bool one_wave = CeilDiv(p.m, v.tokens) * columns * p.batch <= device.sm_count;
+  return !p.transpose && v.tokens >= 160 && columns % 2 == 0 && (IsStream(v) || !one_wave) ? 2 : 1;
+}
+
 }  // namespace
 
 AwqGemmPlan PlanAwqGemm(const AwqGemmProblem& p, const Device& device, size_t workspace_limit) {
@@ -343,6 +360,7 @@ AwqGemmPlan PlanAwqGemm(const AwqGemmProblem& p, const Device& device, size_t wo
     const size_t bytes = StreamShares(p, device, *v).workspace_bytes();
     plan.stream_k = bytes > 0 && bytes <= workspace_limit;
     plan.workspace_bytes = plan.stream_k ? bytes : 0;
+    plan.members = Members(p, device, *v, 1);
     return plan;
   }
 
@@ -364,6 +382,7 @@ AwqGemmPlan PlanAwqGemm(const AwqGemmProblem& p, const Device& device, size_t wo
     if (plan.split_k <= 1 || p.m == 0) plan.split_k = 1;
     if (plan.split_k > 1) plan.workspace_bytes = plan.split_k * partial;
   }
+  plan.members = Members(p, device, *v, plan.split_k);
   return plan;
 }
 

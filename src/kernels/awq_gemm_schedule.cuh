@@ -80,9 +80,10 @@ class TmaWork {
   __device__ TmaWork(const TmaSchedule& s, bool persistent)
       : split(s.by_splits.Remainder(blockIdx.x)),
         schedule_(s),
-        next_(s.by_ctas.Quotient(blockIdx.x)),
+        group_(s.by_ctas.Quotient(blockIdx.x)),
+        next_(group_),
         share_(s.split, split),
-        tail_(s.tail, blockIdx.x) {
+        tail_(s.tail, group_) {
     if (!persistent) return;
     items = s.whole > next_ ? s.by_groups.Quotient(s.whole - next_ + s.groups - 1) : 0;
     if (tail_.count > 0) {
@@ -106,7 +107,7 @@ class TmaWork {
     leaves = !whole && end - start < schedule_.steps;
     parts = 0;
     for (int missing = whole || leaves ? 0 : first - start; missing > 0;) {
-      missing -= Share(schedule_.tail, blockIdx.x - ++parts).count;
+      missing -= Share(schedule_.tail, group_ - ++parts).count;
     }
     next_ += whole ? schedule_.groups : 0;
     tail_.count -= whole ? 0 : end - first;
@@ -117,10 +118,11 @@ class TmaWork {
   unsigned tile;
   Share share{0, 0, 1};
   bool leaves;  // these sums to the CTA that has the last steps of the tile
-  int parts;    // that the CTAs before this one have left of the tile
+  int parts;    // that the groups of CTAs before this one have left of the tile
 
  private:
   const TmaSchedule& schedule_;
+  const unsigned group_;
   unsigned next_;
   Share share_, tail_;
 };

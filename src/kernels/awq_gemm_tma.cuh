@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T), kTranspose
 
   const uint32_t inbox_barriers = shared + Tile::kInboxBarriersAt;
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // known to be uniform
-  const unsigned members = Tile::kCodes ? params.members : 1;
+  const unsigned members = Tile::kSharesX ? params.members : 1;
   const unsigned member = blockIdx.x % members;
   const TmaTileOrder& order = params.schedule.order;
   TmaWork work(params.schedule, Tile::kPersistent);
@@ -187,7 +187,8 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T), kTranspose
       if constexpr (Tile::kStreams) {  // what others have left of this tile
         if (work.parts > 0) WaitForKernelBefore();
         for (int part = 1; part <= work.parts; ++part) {
-          WaitForCount(params.parts.counts + blockIdx.x - part, Tile::kTeamWarps);
+          const unsigned cta = blockIdx.x - part * members;
+          WaitForCount(params.parts.counts + cta, Tile::kTeamWarps);
           FenceProxyAsyncGlobal();
 #pragma unroll 1
           for (int i = 0; i < Tile::kPartStages; ++i) {
@@ -196,7 +197,7 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T), kTranspose
               const uint32_t barrier = Tile::Full(shared, at.stage);
               BarrierArriveExpecting(barrier, Tile::kPartStageBytes);
               CopyBox(Tile::X(shared, at.stage), &params.part_sums, 0,
-                      ((blockIdx.x - part) * Tile::kPartStages + i) * Tile::kPartRows, 0, barrier);
+                      (cta * Tile::kPartStages + i) * Tile::kPartRows, 0, barrier);
             }
             __syncwarp();
             at.Advance();
@@ -209,12 +210,12 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T), kTranspose
 
   if constexpr (Tile::kMoveRegisters) AcquireRegisters<232>();
   const int lane = threadIdx.x % 32;
+  const StageReader<Tile> reader(shared, member, members);
   Consumer consumer = [&] {
     if constexpr (Tile::kCodes) {
-      return Consumer(shared, group_shift, has_zeros, p.scales_are_bf16, p.cluster ? split : 0,
-                      members);
+      return Consumer(reader, group_shift, has_zeros, p.scales_are_bf16);
     } else {
-      return Consumer(shared, group_shift, has_zeros);
+      return Consumer(reader, group_shift, has_zeros);
     }
   }();
   if (p.buffers.overlap) WaitForKernelBefore();  // which writes the scales of rows
@@ -355,8 +356,7 @@ cudaError_t LaunchTmaTile(const AwqGemmPlan& plan, const AwqGemmParams& p, cudaS
   const int64_t columns = (p.outputs + Tile::kOutputs - 1) / Tile::kOutputs;
   AwqGemmTmaParams params = {};
   params.p = p;
-  // Codes come so fast that x has to be read once for two CTAs.
-  params.members = Tile::kCodes && kTiles == 1 && p.splits == 1 && columns > 1 ? 2 : 1;
+  params.members = plan.members;
   const int64_t last_rows = p.m - (p.m - 1) / kTokens * kTokens;
   const int boxes = params.members * Tile::kXBoxes;  // which begin at whole rows of the swizzle
   params.x_rows[0] = kTokens / boxes;
@@ -381,7 +381,8 @@ cudaError_t LaunchTmaTile(const AwqGemmPlan& plan, const AwqGemmParams& p, cudaS
   params.group_rows = std::max(1, (kTranspose ? Tile::kOutputs : Tile::kDepth) >> w.group_shift);
   bool encoded = maps->EncodeWeight(&params.words, &params.scales, &params.zeros, w, weight_batch,
                                     kTranspose ? Tile::kDepth : Tile::kOutputs,
-                                    kTranspose ? Tile::kOutputs : Tile::kDepth, params.group_rows);
+                                    kTranspose ? Tile::kOutputs : Tile::kDepth, params.group_rows,
+                                    Tile::kWordRowBytes);
   for (int last = 0; last < 2; ++last) {
     encoded = encoded && maps->Encode(&params.x[last], type, sizeof(T), p.buffers.x, p.contraction,
                                       p.m, x_batch, Tile::kPartDepth, params.x_rows[last],
@@ -402,23 +403,22 @@ cudaError_t LaunchTmaTile(const AwqGemmPlan& plan, const AwqGemmParams& p, cudaS
   const bool persistent = Tile::kPersistent && p.splits == 1 && !params.exchange;
   const int64_t resident = plan.resident_ctas / params.members;
   const int64_t groups = plan.stream_k ? resident : persistent ? std::min(tiles, resident) : tiles;
+  const int64_t ctas = groups * p.splits * params.members;
   params.schedule =
       TmaSchedule(p, kTokens, Tile::kOutputs, Tile::kDepth, params.members, groups, plan.stream_k);
   if (plan.stream_k) {
     params.parts.sums = static_cast<char*>(p.buffers.workspace);
-    params.parts.counts =
-        reinterpret_cast<uint32_t*>(params.parts.sums + groups * Tile::kPartBytes);
+    params.parts.counts = reinterpret_cast<uint32_t*>(params.parts.sums + ctas * Tile::kPartBytes);
     if (!maps->Encode(&params.part_sums, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, params.parts.sums,
-                      Tile::kPartRowFloats, groups * Tile::kPartStages * Tile::kPartRows, 1,
+                      Tile::kPartRowFloats, ctas * Tile::kPartStages * Tile::kPartRows, 1,
                       Tile::kPartRowFloats, Tile::kPartRows, CU_TENSOR_MAP_SWIZZLE_NONE)) {
       return cudaErrorInvalidValue;
     }
-    ClearCountsKernel<<<1, 256, 0, stream>>>(params.parts.counts, static_cast<unsigned>(groups));
+    ClearCountsKernel<<<1, 256, 0, stream>>>(params.parts.counts, static_cast<unsigned>(ctas));
     if (const cudaError_t error = cudaGetLastError()) return error;
   }
   return LaunchClusters(AwqGemmTmaKernel<T, S, kTokens, kTiles, kTranspose>, params,
-                        p.cluster_size() * params.members,
-                        dim3(static_cast<unsigned>(groups * p.splits * params.members)),
+                        p.cluster_size() * params.members, dim3(static_cast<unsigned>(ctas)),
                         Tile::kThreads, Tile::kSharedBytes, stream,
                         p.buffers.overlap || plan.stream_k);
 }

@@ -75,7 +75,7 @@ class Int8Consumer {
   // instruction: with branches here ptxas serializes the wgmmas.
   __device__ void Release(int stage) const {
     const int lane = threadIdx.x % 32;
-    if (lane < cluster_) BarrierArriveAt(Tile::Empty(shared_, stage), lane);
+    if (lane < cluster_) BarrierArriveRemote(MapToRank(Tile::Empty(shared_, stage), lane));
   }
 
   Int8Fragments<kPacked> fragments_;

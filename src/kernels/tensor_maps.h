@@ -21,24 +21,28 @@ class TensorMaps {
 
   bool Encode(CUtensorMap* map, CUtensorMapDataType type, int bytes, const void* base,
               int64_t columns, int64_t rows, int64_t batch, unsigned box_columns, unsigned box_rows,
-              CUtensorMapSwizzle swizzle) const {
+              CUtensorMapSwizzle swizzle,
+              CUtensorMapL2promotion promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B) const {
     const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows),
                                  static_cast<cuuint64_t>(batch)};
     const cuuint64_t strides[2] = {sizes[0] * bytes, sizes[0] * sizes[1] * bytes};
     const cuuint32_t box[3] = {box_columns, box_rows, 1};
     const cuuint32_t steps[3] = {1, 1, 1};
     return encode_(map, type, 3, const_cast<void*>(base), sizes, strides, box, steps,
-                   CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                   CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, promotion,
                    CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
   }
 
   // The parts of a weight of `batch` entries, for boxes of so many outputs: words in boxes of
-  // `depth` rows, swizzled by their width, scales and zero points (if there are any) of `groups`.
+  // `depth` rows, which lie `row_bytes` apart in shared memory, the width of their swizzle; scales
+  // and zero points (if there are any) of `groups`.
   bool EncodeWeight(CUtensorMap* words, CUtensorMap* scales, CUtensorMap* zeros, const AwqWeight& w,
-                    int64_t batch, int outputs, int depth, int groups) const {
+                    int64_t batch, int outputs, int depth, int groups, int row_bytes,
+                    CUtensorMapL2promotion promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B) const {
     return Encode(words, CU_TENSOR_MAP_DATA_TYPE_INT32, 4, w.qweight, w.n / 8, w.k, batch,
                   outputs / 8, depth,
-                  outputs == 256 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B) &&
+                  row_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+                  promotion) &&
            EncodeGroups(scales, zeros, w, batch, outputs, groups);
   }
 
