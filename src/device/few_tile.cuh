@@ -22,22 +22,25 @@ struct FewTeams {
   int stages;
   int in_flight;  // stages on their way at a time
 };
-constexpr FewTeams TeamsOf(int warps) {
+constexpr FewTeams TeamsOf(int warps, int tokens) {
+  if (tokens > 16) {  // sums take more room
+    return warps == 4 ? FewTeams{3, 6, 5} : warps == 6 ? FewTeams{2, 6, 4} : FewTeams{2, 4, 3};
+  }
   return warps == 4 ? FewTeams{3, 9, 6} : warps == 6 ? FewTeams{2, 8, 4} : FewTeams{2, 6, 3};
 }
 
 // A warp has 32 outputs. Tiles of 256 read whole lines of memory, narrower ones are for weights
 // that those would divide unevenly among the processors.
 template <int kTokens, int kWarps>
-struct FewTile : TmaPipeline<kTokens, 2, 2, 128, TeamsOf(kWarps).stages, kWarps> {
-  using Pipeline = TmaPipeline<kTokens, 2, 2, 128, TeamsOf(kWarps).stages, kWarps>;
+struct FewTile : TmaPipeline<kTokens, 2, 2, 128, TeamsOf(kWarps, kTokens).stages, kWarps> {
+  using Pipeline = TmaPipeline<kTokens, 2, 2, 128, TeamsOf(kWarps, kTokens).stages, kWarps>;
   // More in flight than memory needs (40 KB a processor) would only delay what is needed first: it
   // answers in no order.
-  static constexpr int kInFlight = TeamsOf(kWarps).in_flight;
+  static constexpr int kInFlight = TeamsOf(kWarps, kTokens).in_flight;
   static_assert(kInFlight < Pipeline::kStages);
   // Teams take turns at the stages. Each stage is always the same team's: a team that runs ahead
   // would take a stage of another's that is not full yet for one of its own.
-  static constexpr int kTeams = TeamsOf(kWarps).teams;
+  static constexpr int kTeams = TeamsOf(kWarps, kTokens).teams;
   static_assert(Pipeline::kStages % kTeams == 0);
   static constexpr int kConsumerWarps = kTeams * kWarps;
   static constexpr int kConsumers = 32 * kConsumerWarps;
@@ -46,8 +49,8 @@ struct FewTile : TmaPipeline<kTokens, 2, 2, 128, TeamsOf(kWarps).stages, kWarps>
   // Sums of a chunk, 32 outputs. Teams give each other what another one finishes. Members push
   // theirs while the pipeline of their owner still runs, so that nothing of it shares this memory.
   using Unit = SumUnit<2, 1>;
-  static constexpr int kUnits = kTokens / Unit::kTokens;  // of a chunk
-  static_assert(kUnits <= kTeams);                        // one for each team to finish
+  static constexpr int kUnits = kTokens / Unit::kTokens;  // of a chunk, which teams deal out
+  static constexpr int kRounds = (kUnits + kTeams - 1) / kTeams;
   static constexpr int kChunkBytes = kUnits * Unit::kBytes;
   static constexpr int kInboxBarrierAt = Pipeline::kPipelineBytes;
   static constexpr int kTeamSumsAt = kInboxBarrierAt + 16;

@@ -1,4 +1,4 @@
-// Up to 16 tokens on sm_90a: reading the weights is all the work there is.
+// Up to 24 tokens on sm_90a: reading the weights is all the work there is.
 //
 // A CTA has up to 256 outputs and all tokens, and the members of a cluster divide K. Teams of warps
 // take turns at the stages of one pipeline. Once little is left to read, time goes to what a
@@ -143,9 +143,9 @@ __global__ void __launch_bounds__(FewTile<kTokens, kWarps>::kThreads, 1)
   const RowScales<kTokens> row_scales(epilogue, 0);
   if (epilogue.partials) epilogue.WriteOnly(split * p.batch * p.size());
   const int team = warp / Tile::kTeamWarps;
-  UnitOutputs<Unit> outputs(
-      epilogue, static_cast<int64_t>(blockIdx.y) * Tile::kOutputs + 8 * consumer.lane.word,
-      Unit::kTokens * team);
+  const int64_t output0 =
+      static_cast<int64_t>(blockIdx.y) * Tile::kOutputs + 8 * consumer.lane.word;
+  UnitOutputs<Unit> outputs(epilogue, output0, Unit::kTokens * team);
   // Chunks are dealt out to the members of the cluster. Everyone pushes what he has of one into the
   // inbox of its owner, who adds in the order of members.
   const unsigned members = p.cluster ? p.splits : 1;
@@ -173,16 +173,17 @@ __global__ void __launch_bounds__(FewTile<kTokens, kWarps>::kThreads, 1)
   // A unit has the sums of all teams but the one that finishes it.
   const uint32_t team_sums = shared + Tile::kTeamSumsAt + chunk * Tile::kTeamSumBytes + 16 * lane;
   constexpr int kOthers = Tile::kTeams - 1;
-  float4 sums[2];  // of this team's unit
+  float4 sums[Tile::kRounds][2];  // of this team's units
 #pragma unroll
   for (int b = 0; b < Tile::kUnits; ++b) {
+    const int finisher = b % Tile::kTeams;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float4 v = Unit::Vector(acc, b, i);
-      if (b == team) {
-        sums[i] = v;
+      if (finisher == team) {
+        sums[b / Tile::kTeams][i] = v;
       } else {
-        const int part = b * kOthers + (kOthers == 1 ? 0 : team - (team > b));
+        const int part = b * kOthers + (kOthers == 1 ? 0 : team - (team > finisher));
         StoreSharedFour(team_sums + part * Unit::kBytes + i * Unit::kVectorBytes, v);
       }
     }
@@ -193,31 +194,54 @@ __global__ void __launch_bounds__(FewTile<kTokens, kWarps>::kThreads, 1)
   }
   NamedBarrierSync<kTeamSumsReady, Tile::kConsumers>();
 #pragma unroll
-  for (int other = 0; other < kOthers; ++other) {
-    const uint32_t part = team_sums + (team * kOthers + other) * Unit::kBytes;
+  for (int r = 0; r < Tile::kRounds; ++r) {
+    const int unit = team + r * Tile::kTeams;
+    if (unit >= Tile::kUnits) break;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) Add(sums[i], LoadSharedFour(part + i * Unit::kVectorBytes));
+    for (int other = 0; other < kOthers; ++other) {
+      const uint32_t part = team_sums + (unit * kOthers + other) * Unit::kBytes;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) Add(sums[r][i], LoadSharedFour(part + i * Unit::kVectorBytes));
+    }
   }
 
   const uint32_t to = inbox + rank * Unit::kBytes;
+  const uint32_t round_bytes = Tile::kTeams * members * Unit::kBytes;
   if (owner != rank) {
     const uint32_t remote = MapToRank(to, owner);
     const uint32_t barrier = MapToRank(inbox_barrier, owner);
-    const int token = Unit::kTokens * team + lane % 4 * 2;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if (token + i < m)
-        StoreClusterSharedAsync(remote + Unit::VectorAt(lane, i), sums[i], barrier);
+    for (int r = 0; r < Tile::kRounds; ++r) {
+      const int token = Unit::kTokens * (team + r * Tile::kTeams) + lane % 4 * 2;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (token + i < m) {
+          StoreClusterSharedAsync(remote + r * round_bytes + Unit::VectorAt(lane, i), sums[r][i],
+                                  barrier);
+        }
+      }
     }
     return;
   }
   if (Unit::kTokens * team >= m) return;
 #pragma unroll
-  for (int i = 0; i < 2; ++i) StoreSharedFour(to + Unit::VectorAt(lane, i), sums[i]);
+  for (int r = 0; r < Tile::kRounds; ++r) {
+    if (team + r * Tile::kTeams >= Tile::kUnits) break;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      StoreSharedFour(to + r * round_bytes + Unit::VectorAt(lane, i), sums[r][i]);
+    }
+  }
   __syncwarp();
   if (p.cluster) BarrierWait(inbox_barrier, 0);
-  outputs.template Finish<Tile::kTeamWarps>(epilogue, inbox, members, Unit::kTokens * team, 1,
-                                            row_scales);
+#pragma unroll
+  for (int r = 0; r < Tile::kRounds; ++r) {
+    const int token = Unit::kTokens * (team + r * Tile::kTeams);
+    if (token >= m) break;
+    if (r > 0) outputs = UnitOutputs<Unit>(epilogue, output0, token);
+    outputs.template Finish<Tile::kTeamWarps>(epilogue, inbox + r * round_bytes, members, token, 1,
+                                              row_scales);
+  }
 #endif
 }
 
@@ -272,6 +296,12 @@ cudaError_t Launch(const AwqGemmPlan& plan, const AwqGemmParams& params, cudaStr
       return LaunchTile<T, S, 16, 7>(params, stream);
     case 16256:
       return LaunchTile<T, S, 16, 8>(params, stream);
+    case 24128:
+      return LaunchTile<T, S, 24, 4>(params, stream);
+    case 24192:
+      return LaunchTile<T, S, 24, 6>(params, stream);
+    case 24224:
+      return LaunchTile<T, S, 24, 7>(params, stream);
     default:
       return cudaErrorInvalidValue;
   }

@@ -42,9 +42,10 @@ const char* TensorCoreUnsupported(const AwqGemmProblem& p, const Device& device)
 
 template <int kTokens>
 const char* TooManyRows(const AwqGemmProblem& p) {
-  static_assert(kTokens == 8 || kTokens == 16);
-  if (p.m <= kTokens) return nullptr;
-  return kTokens == 8 ? "more than 8 rows of x" : "more than 16 rows of x";
+  static_assert(kTokens % 8 == 0 && kTokens <= 24);
+  constexpr const char* kWhy[] = {"more than 8 rows of x", "more than 16 rows of x",
+                                  "more than 24 rows of x"};
+  return p.m <= kTokens ? nullptr : kWhy[kTokens / 8 - 1];
 }
 
 template <int kTokens>
@@ -148,6 +149,9 @@ constexpr AwqGemmVariant kVariants[] = {
     {"few_16x192", AwqGemmKernel::kFew, 16, 192, 128, 1, true, 0.197, FewUnsupported<16>},
     {"few_16x224", AwqGemmKernel::kFew, 16, 224, 128, 1, true, 0.237, FewUnsupported<16>},
     {"few_16x256", AwqGemmKernel::kFew, 16, 256, 128, 1, true, 0.271, FewUnsupported<16>},
+    {"few_24x128", AwqGemmKernel::kFew, 24, 128, 128, 1, true, 0.154, FewUnsupported<24>},
+    {"few_24x192", AwqGemmKernel::kFew, 24, 192, 128, 1, true, 0.235, FewUnsupported<24>},
+    {"few_24x224", AwqGemmKernel::kFew, 24, 224, 128, 1, true, 0.29, FewUnsupported<24>},
     {"tma_32x128", AwqGemmKernel::kTma, 32, 128, 64, 2, true, 0.275, TmaUnsupported},
     {"tma_32x256", AwqGemmKernel::kTma, 32, 256, 64, 2, true, 0.41, TmaUnsupported},
     {"tma_48x256", AwqGemmKernel::kTma, 48, 256, 64, 2, true, 0.44, TightTmaUnsupported},
