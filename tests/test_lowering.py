@@ -368,10 +368,12 @@ def test_the_compiled_part_plans_and_lowers(rng):
 @pytest.mark.parametrize(
     ("m", "k", "n", "kernel", "split"),
     [
-        (8, 2048, 5120, "few_8x256", 4),
-        (8, 4096, 4096, "few_8x256", 6),
-        (8, 14336, 4096, "few_8x256", 6),
-        (16, 4096, 4096, "few_16x256", 6),  # seven clusters of 16 CTAs would not run at once
+        (8, 2048, 5120, "few_8x192", 4),  # tiles of 256 would leave more processors idle
+        (8, 4096, 4096, "few_8x128", 3),
+        (8, 14336, 4096, "few_8x192", 5),
+        (16, 4096, 4096, "few_16x128", 3),
+        (24, 28672, 8192, "few_24x128", 2),
+        (16, 8192, 28672, "few_16x224", 1),  # 128 tiles
         (1, 8192, 28672, "few_8x256", 1),  # 112 tiles
         (64, 14336, 4096, "tma_64x128", 7),  # two CTAs a processor
         (1024, 4096, 4096, "tma_256x128", 1),  # 128 tiles

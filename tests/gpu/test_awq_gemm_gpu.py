@@ -86,6 +86,7 @@ CASES = (
     Case(70, 2048, 320, 128, split=5, activation="relu"),
     Case(257, 1024, 352, 32, BF16, split=3, bias=F16),
     Case(260, 320, 12320, 32, BF16, bias=BF16),  # more tiles than processors
+    Case(330, 320, 8672, 64, bias=F16),  # and two that share x side by side
     Case(300, 2176, 608, 128, out=F32),
     Case(129, 640, 480, 64, BF16, scales=F16),
     Case(513, 384, 256, -1, symmetric=True, bias=F32),
@@ -105,6 +106,9 @@ CASES = (
     Case(14, 4096, 544, 64, BF16, split=5, activation="silu"),
     Case(16, 384, 12320, 128),
     Case(16, 1120, 32, -1, split=4, out=F32),
+    Case(19, 4096, 352, 128, split=3, bias=F32, activation="silu"),
+    Case(22, 1536, 480, 64, BF16, split=7),
+    Case(24, 2048, 544, 32, BF16, scales=F16),
 )
 TRANSPOSED_CASES = (
     Case(1, 256, 128, 64),

@@ -21,8 +21,17 @@ F16, BF16, F32 = (jnp.dtype(d) for d in (jnp.float16, jnp.bfloat16, jnp.float32)
 VARIANTS = (
     "decode_8",
     "decode_16",
+    "few_8x128",
+    "few_8x192",
+    "few_8x224",
     "few_8x256",
+    "few_16x128",
+    "few_16x192",
+    "few_16x224",
     "few_16x256",
+    "few_24x128",
+    "few_24x192",
+    "few_24x224",
     "tma_32x128",
     "tma_32x256",
     "tma_48x256",
@@ -38,6 +47,7 @@ VARIANTS = (
     "tma_256x128",
     "tma_288x128",
     "tma_320x128",
+    "stream_64x256",
     "stream_96x256",
     "stream_128x128",
     "stream_128x256",
@@ -60,7 +70,11 @@ VARIANTS = (
 OF_GRADIENTS = ("transposed_128x128", "transposed_256x128")  # of x
 # Of awq_gemm_w4a8 alone.
 OF_CODES = ("w4a8_32x256", "w4a8_64x256", "w4a8_128x128", "w4a8_256x128")
-MOST_ROWS = {"decode_8": 8, "decode_16": 16, "few_8x256": 8, "few_16x256": 16}
+MOST_ROWS = {  # of x
+    variant: int(re.findall(r"\d+", variant)[0])
+    for variant in VARIANTS
+    if variant.startswith(("decode", "few"))
+}
 TRANSPOSED = (
     *(v for v in VARIANTS if not v.startswith(("decode", "few", "tma", "stream"))),
     *OF_GRADIENTS,

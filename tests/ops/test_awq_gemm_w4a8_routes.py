@@ -208,7 +208,7 @@ def test_plan(codes, sums):
 @pytest.mark.parametrize("group_size", [32, 64, 128, -1])
 def test_few_rows_are_multiplied_as_floats(codes, group_size):
     options = {} if codes == "int4" else {"activation_dtype": codes}
-    for m, kernel in ((1, "few_8x256"), (8, "few_8x256"), (16, "few_16x256")):
+    for m, kernel in ((1, "few_8x192"), (8, "few_8x192"), (16, "few_16x192")):
         for out_dtype in ("float16", "float32"):  # they keep the sums of groups
             found = plan(
                 OP_OF[codes],
