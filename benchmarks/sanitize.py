@@ -51,7 +51,7 @@ PRODUCTS = (
     (5, 640, 288, 32, jnp.bfloat16, "gemm", 3),
     (8, 1152, 96, 64, jnp.float16, "gemm", 9),
     (16, 1184, 320, -1, jnp.float16, "gemm", 3),
-    (23, 1184, 352, 64, jnp.bfloat16, "gemm", 3),
+    (23, 1152, 352, 64, jnp.bfloat16, "gemm", 3),
     # No split is asked for: a few tiles for all processors, and more tiles than there are, of which
     # two share x.
     (140, 320, 288, 64, jnp.float16, "gemm", None),
