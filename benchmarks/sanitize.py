@@ -128,22 +128,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def product_problem(rng, m, k, n, group_size, dtype, layout, split):
+    return random_problem(
+        rng,
+        m,
+        k,
+        n,
+        group_size=group_size,
+        dtype=dtype,
+        layout=layout,
+        bias=True,
+        activation="silu" if split else None,
+    )
+
+
 def products(problems) -> dict[str, int]:
     """How often each variant of awq_gemm ran, forward or for the gradient."""
     rng = np.random.default_rng(0)
     ran = dict.fromkeys(fused_variants(rng), 0)
     for m, k, n, group_size, dtype, layout, split in problems:
-        problem = random_problem(
-            rng,
-            m,
-            k,
-            n,
-            group_size=group_size,
-            dtype=dtype,
-            layout=layout,
-            bias=True,
-            activation="silu" if split else None,
-        )
+        problem = product_problem(rng, m, k, n, group_size, dtype, layout, split)
         ct = np.asarray(rng.standard_normal((m, n)), dtype)
         exact, reference = problem.float64(), problem.reference()
         dx = ct.astype(np.float64) @ dequantize_float64(problem.weight).T
@@ -206,6 +210,20 @@ def conversions() -> None:
                     )
 
 
+def w4a8_problem(rng, m, k, n, group_size, dtype, codes):
+    return random_w4a8_problem(
+        rng,
+        m,
+        k,
+        n,
+        codes=codes,
+        group_size=group_size,
+        dtype=dtype,
+        scales_dtype=jnp.float16,
+        bias=True,
+    )
+
+
 def w4a8_products(problems) -> dict[str, int]:
     """How often each variant of awq_gemm_w4a8 ran; "" is the one that is chosen."""
     rng = np.random.default_rng(0)
@@ -213,19 +231,9 @@ def w4a8_products(problems) -> dict[str, int]:
     problem = random_problem(rng, 1, 64, 64, group_size=32)
     named = jax_awq.plan("awq_gemm", problem.x, problem.weight).refused
     variants = (*(v for v in named if v.startswith("w4a8_")), *W4A8_ALSO)
-    for m, k, n, group_size, dtype in problems:
+    for row in problems:
         for codes in CODES:
-            problem = random_w4a8_problem(
-                rng,
-                m,
-                k,
-                n,
-                codes=codes,
-                group_size=group_size,
-                dtype=dtype,
-                scales_dtype=jnp.float16,
-                bias=True,
-            )
+            problem = w4a8_problem(rng, *row, codes)
             inputs = [problem.base.x]
             if codes != "float8_e4m3fn":
                 inputs.append(problem.quantized())

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -321,3 +322,15 @@ def test_quantize_activation(tmp_path):
             result = impl.run(None, a)
             got = result[0] if name == "xla" else unpack_bytes(result.q, result.bits, 256)
             assert (got != codes).sum() <= 2  # XLA divides, which moves a tie
+
+
+def test_problems_of_the_sanitizers_are_valid(rng, monkeypatch):
+    """Nobody learns on a GPU alone that one of them cannot be made."""
+    for name in ("XLA_PYTHON_CLIENT_ALLOCATOR", "XLA_PYTHON_CLIENT_PREALLOCATE"):
+        monkeypatch.setenv(name, "")  # the script sets them for itself
+    script = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks/sanitize.py"))
+    for row in script["PRODUCTS"]:
+        assert script["product_problem"](rng, *row).weight.shape == row[1:3]
+    for row in script["W4A8_PRODUCTS"]:
+        for codes in script["CODES"]:
+            assert script["w4a8_problem"](rng, *row, codes).base.weight.shape == row[1:3]
