@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_awq import _ffi
 from jax_awq.ops.awq_gemm import awq_gemm
 from jax_awq.weights import AWQWeight, convert
 
@@ -201,6 +202,17 @@ def unpack_bytes(q: Any, bits: int, k: int) -> np.ndarray:
         nibble = (q[..., i // 2].view(np.uint8) >> (i % 2 * 4)) & 15
         codes[..., i] = (nibble.astype(np.int16) ^ 8) - 8
     return codes
+
+
+def planned(m: int, k: int, n: int, **changes: Any) -> dict[str, Any]:
+    """The plan of `awq_gemm` on an H100 or H200: float16, groups of 128, but for `changes`."""
+    arguments: dict[str, Any] = {
+        "m": m, "n": n, "k": k, "batch": 1, "group_size": 128, "layout": "gemm",
+        "x_dtype": "float16", "scales_dtype": "float16", "out_dtype": "float16",
+        "has_zeros": True, "has_activation": False, "transpose": False, "split_k": 0,
+        "variant": "", "arch": 90, "sm_count": 132,
+    }  # fmt: skip
+    return _ffi.plan_awq_gemm(**arguments | changes)
 
 
 def assert_close_to_float64(y: Any, problem: Problem) -> None:

@@ -5,6 +5,7 @@ import pathlib
 import pytest
 
 from jax_awq import _ffi
+from jax_awq.testing import planned
 
 pytestmark = pytest.mark.skipif(_ffi._ext is None, reason=_ffi.MISSING or "built")
 
@@ -40,16 +41,6 @@ WGMMA_TILES = {
         "320x128",
     )
 }
-
-
-def planned(m, k, n, **changes):
-    arguments = {
-        "m": m, "n": n, "k": k, "batch": 1, "group_size": 128, "layout": "gemm",
-        "x_dtype": "float16", "scales_dtype": "float16", "out_dtype": "float16",
-        "has_zeros": True, "has_activation": False, "transpose": False, "split_k": 0,
-        "variant": "", "arch": 90, "sm_count": 132,
-    }  # fmt: skip
-    return _ffi.plan_awq_gemm(**arguments | changes)
 
 
 # --- batch_invariant
