@@ -42,9 +42,10 @@ struct ByteCodes<__nv_fp8_e4m3> {
   __device__ static uint32_t High(uint32_t bytes) { return Low(bytes >> 4); }
 };
 
-template <typename T, int kTokens, int kTiles>
+template <typename T, int kTokens, int kOutputs>
 class CodesConsumer {
-  using Tile = TmaTile<kTokens, kTiles, 1>;
+  using Tile = TmaTile<kTokens, kOutputs, 1>;
+  static constexpr int kTiles = Tile::kTiles;
   using Codes = ByteCodes<T>;
 
  public:

@@ -17,7 +17,7 @@ namespace jax_awq {
 
 template <typename T, typename S, int kTokens>
 class TransposedConsumer {
-  using Tile = TmaTile<kTokens, 1, 2, true>;
+  using Tile = TmaTile<kTokens, 128, 2, true>;
   static constexpr int kSteps = Tile::kDepth / 16;
   static constexpr int kWords = Tile::kDepth / 8;  // of a row in a stage
   static constexpr int kRowBytes = 4 * kWords;

@@ -11,9 +11,10 @@
 
 namespace jax_awq {
 
-template <typename T, typename S, int kTokens, int kTiles>
+template <typename T, typename S, int kTokens, int kOutputs>
 class WgmmaConsumer {
-  using Tile = TmaTile<kTokens, kTiles, 2>;
+  using Tile = TmaTile<kTokens, kOutputs, 2>;
+  static constexpr int kTiles = Tile::kTiles;
   static constexpr int kHalves = kTokens > 256 ? 2 : 1;  // wgmma has at most 256 columns
   using D = Dequant<T>;
   using Scale = std::conditional_t<std::is_same_v<T, S>, uint32_t, typename D::Scale>;

@@ -28,7 +28,7 @@ struct TmaPipeline {
   static constexpr int kXBytes = kTokens * kDepth * kElementBytes;
   static constexpr int kXBoxes = (kTokens + 255) / 256;  // a box has at most 256 rows
   // A row of words is one of its swizzle, all of it or less.
-  static constexpr int kWordRowBytes = 64 * kTiles;
+  static constexpr int kWordRowBytes = kTiles == 2 || kOutputs > 128 ? 128 : 64;
   static_assert(kOutputs / 2 <= kWordRowBytes);
   static constexpr int kWordBytes = kDepth * kWordRowBytes;
   static constexpr int kGroupRows = kCodes ? 1 : kDepth / 32;  // at most
@@ -68,13 +68,17 @@ struct TmaPipeline {
 // With less to multiply, more copies in flight than memory needs only let some CTAs run ahead of
 // others, and the last to end decides. One stage less of 64 x 128 and 32 x 256 makes room for their
 // inboxes.
-template <int kTokens, int kTiles, int kElementBytes>
-constexpr int kMostTmaStages = kElementBytes == 1                        ? 16
-                               : kTokens * kTiles == 64                  ? 5
-                               : kTokens <= 64 || kTokens * kTiles <= 96 ? 6
-                                                                         : 16;
+template <int kTokens, int kOutputs, int kElementBytes>
+constexpr int kMostTmaStages = kElementBytes == 1                                ? 16
+                               : kTokens * kOutputs == 64 * 128                  ? 5
+                               : kTokens <= 64 || kTokens * kOutputs <= 96 * 128 ? 6
+                                                                                 : 16;
 
-// Bytes for each of two CTAs of a processor, which keeps 1 KB of its 228 for each.
+// Tiles of 16 outputs of a warp.
+constexpr int TilesOf(int outputs) { return outputs == 256 ? 2 : 1; }
+
+// Bytes for a CTA, and for each of two of a processor, which keeps 1 KB of its 228 for each.
+constexpr int kMostShared = 227 * 1024;
 constexpr int kMostSharedOfTwo = (228 / 2 - 1) * 1024;
 
 // Indices of the contraction in a stage: where it runs along the words, a row of them is 64 bytes.
@@ -83,22 +87,31 @@ constexpr int kTmaDepth = kElementBytes == 1 || kTranspose ? 128 : 64;
 
 // A tile of the wgmma kernel. With kTranspose its outputs are rows of K: words, scales and zero
 // points of a stage are as many, those of a row along the contraction.
-template <int kTokens, int kTiles, int kElementBytes, bool kTranspose = false>
-struct TmaTile : TmaPipeline<kTokens, kTiles, kElementBytes, kTmaDepth<kElementBytes, kTranspose>,
-                             kMostTmaStages<kTokens, kTiles, kElementBytes>> {
-  using Pipeline = TmaPipeline<kTokens, kTiles, kElementBytes, kTmaDepth<kElementBytes, kTranspose>,
-                               kMostTmaStages<kTokens, kTiles, kElementBytes>>;
-  static_assert(!kTranspose || Pipeline::kDepth == Pipeline::kOutputs);
+template <int kTokens, int kOutputs, int kElementBytes, bool kTranspose>
+using TmaTilePipeline =
+    TmaPipeline<kTokens, TilesOf(kOutputs), kElementBytes, kTmaDepth<kElementBytes, kTranspose>,
+                kMostTmaStages<kTokens, kOutputs, kElementBytes>,
+                kOutputs / 16 / TilesOf(kOutputs)>;
+
+template <int kTokens, int kOutputs, int kElementBytes, bool kTranspose = false>
+struct TmaTile : TmaTilePipeline<kTokens, kOutputs, kElementBytes, kTranspose> {
+  using Pipeline = TmaTilePipeline<kTokens, kOutputs, kElementBytes, kTranspose>;
+  static constexpr int kTiles = Pipeline::kTiles;
+  static_assert(Pipeline::kTeamWarps % 4 == 0);  // warpgroups
+  static_assert(!kTranspose || Pipeline::kDepth == kOutputs);
   static constexpr int kConsumerWarps = Pipeline::kTeamWarps;
   // One warp copies. Registers can only move to the consumers from a whole warpgroup.
-  static constexpr bool kMoveRegisters = kTokens * kTiles >= (Pipeline::kCodes ? 96 : 256);
+  static constexpr bool kMoveRegisters = kTokens * kOutputs >= 128 * (Pipeline::kCodes ? 96 : 256);
+  static constexpr int kProducerRegisters = kConsumerWarps == 8 ? 40 : 32;
+  static constexpr int kConsumerRegisters = kConsumerWarps == 8 ? 232 : 160;
   static constexpr int kThreads = 32 * (kConsumerWarps + (kMoveRegisters ? 4 : 1));
-  static constexpr int kCtas = !Pipeline::kCodes && kTokens * kTiles <= 96 ? 2 : 1;  // a processor
+  static constexpr int kCtas =  // a processor
+      !Pipeline::kCodes && kConsumerWarps == 8 && kTokens * kOutputs <= 96 * 128 ? 2 : 1;
   static constexpr bool kStreams =  // can share tiles: stream_*
-      !Pipeline::kCodes && !kTranspose && kCtas == 1;
+      !Pipeline::kCodes && !kTranspose && kCtas == 1 && kConsumerWarps == 8;
   // Can be copied for two CTAs side by side at once: x, which is most of what large tiles read.
   static constexpr bool kSharesX =
-      kTiles == 1 && !kTranspose && (Pipeline::kCodes || kTokens >= 160);
+      kOutputs == 128 && !kTranspose && (Pipeline::kCodes || kTokens >= 160);
   static constexpr bool kFewRegisters = kCtas > 1 && kTokens* kTiles > 64;
   // Whether what every warp finishes is found before the loop over K: where registers are left.
   static constexpr bool kTurnsFirst = !Pipeline::kCodes && kTiles == 1 && kTokens <= 128;
@@ -112,8 +125,8 @@ struct TmaTile : TmaPipeline<kTokens, kTiles, kElementBytes, kTmaDepth<kElementB
   static constexpr int kInboxBytes = (kUnits + kMaxCluster - 1) * Unit::kBytes;
   static constexpr int kInboxBarriersAt = Pipeline::kPipelineBytes;  // one for each warp
   static constexpr int kApartAt = Unit::Aligned(kInboxBarriersAt + 8 * kConsumerWarps);
-  static constexpr bool kInboxApart =
-      kCtas == 2 && kApartAt + kInboxBytes + Pipeline::kAlignment <= kMostSharedOfTwo;
+  static constexpr bool kInboxApart = kApartAt + kInboxBytes + Pipeline::kAlignment <=
+                                      (kCtas == 2 ? kMostSharedOfTwo : kMostShared);
   static constexpr int kInboxAt = kInboxApart ? kApartAt : 0;
   static constexpr int kSharedBytes =
       kApartAt + (kInboxApart ? kInboxBytes : 0) + Pipeline::kAlignment;
@@ -124,7 +137,7 @@ struct TmaTile : TmaPipeline<kTokens, kTiles, kElementBytes, kTmaDepth<kElementB
   static constexpr int kPartFours =  // of a lane in a stage
       Pipeline::kXBytes / (Pipeline::kTeamWarps * Unit::kVectorBytes);
   static constexpr int kPartStageBytes = kPartFours * Pipeline::kTeamWarps * Unit::kVectorBytes;
-  static constexpr int kPartStages = kPartBytes / kPartStageBytes;
+  static constexpr int kPartStages = kStreams ? kPartBytes / kPartStageBytes : 0;
   // A stage of them as a box of a tensor: racecheck does not follow copies without a tensor map.
   static constexpr int kPartRowFloats = 256;
   static constexpr int kPartRows = kPartStageBytes / (4 * kPartRowFloats);
@@ -180,11 +193,12 @@ struct StageCounter {
 // Words of qweight are read as 8 x 8 matrices of 16-bit elements, transposed: lane (g, t) gets the
 // four codes of half a word, rows 2t and 2t + 1 of K side by side, which is a pair of the row
 // operand of mma and wgmma for each of four outputs. With 256 outputs a warp has 32 of its own and
-// a lane all four codes; with 128 two warps of different warpgroups have the same words and take
-// two codes each, rows g and g + 8 of their one tile.
+// a lane all four codes; with fewer two warps have the same words and take two codes each, rows g
+// and g + 8 of their one tile.
 template <typename Tile>
 struct TmaLane {
   static constexpr int kTiles = Tile::kTiles;
+  static constexpr int kPairs = Tile::kTeamWarps / 2;  // of warps with the same words
 
   __device__ TmaLane(uint32_t shared, bool has_zeros)
       : shared(shared), has_zeros(KeepInRegister(has_zeros)) {
@@ -195,17 +209,18 @@ struct TmaLane {
     byte = Byte(warp);
     half_selector = KeepInRegister(lane / 4 % 2 ? 0x3232 : 0x1010);
     const int row = Tile::kCodes ? CodesRow(lane) : lane;
-    words_at = KeepInRegister(Tile::Words(shared, 0) + row * Tile::kWordRowBytes +
-                              ((chunk ^ (kTiles == 2 ? row % 8 : row / 2 % 4)) << 4));
+    words_at =
+        KeepInRegister(Tile::Words(shared, 0) + row * Tile::kWordRowBytes +
+                       ((chunk ^ (Tile::kWordRowBytes == 128 ? row % 8 : row / 2 % 4)) << 4));
     scales_at = KeepInRegister(Tile::Scales(shared, 0) + 16 * word + 8 * byte);
     zeros_at = KeepInRegister(Tile::Zeros(shared, 0) + 4 * word);
   }
 
   // Of a warp of a team: its 16 bytes of a row of words, this lane's word, and the byte of the half
   // that is the first it takes.
-  __device__ static int Chunk(int warp) { return kTiles == 2 ? warp : warp % 4; }
+  __device__ static int Chunk(int warp) { return kTiles == 2 ? warp : warp % kPairs; }
   __device__ static int Word(int warp) { return 4 * Chunk(warp) + threadIdx.x % 32 / 8; }
-  __device__ static int Byte(int warp) { return kTiles == 2 ? 0 : warp / 4; }
+  __device__ static int Byte(int warp) { return kTiles == 2 ? 0 : warp / kPairs; }
 
   // Which of 32 rows a lane addresses where a fragment has four consecutive indices of a lane:
   // matrices 2i and 2i + 1 are 16 rows, of which lane t gets 4t, 4t + 1 from one of them and the

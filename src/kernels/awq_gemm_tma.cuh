@@ -40,21 +40,22 @@ struct AwqGemmTmaParams {
 constexpr int kTmaBarriersReady = 1;
 constexpr int kTmaConsumers = 2;
 
-template <typename T, typename S, int kTokens, int kTiles, bool kTranspose>
+template <typename T, typename S, int kTokens, int kOutputs, bool kTranspose>
 using TmaConsumer =
-    std::conditional_t<sizeof(T) == 1, CodesConsumer<T, kTokens, kTiles>,
+    std::conditional_t<sizeof(T) == 1, CodesConsumer<T, kTokens, kOutputs>,
                        std::conditional_t<kTranspose, TransposedConsumer<T, S, kTokens>,
-                                          WgmmaConsumer<T, S, kTokens, kTiles>>>;
+                                          WgmmaConsumer<T, S, kTokens, kOutputs>>>;
 
-template <typename T, typename S, int kTokens, int kTiles, bool kTranspose>
-__global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T), kTranspose>::kThreads,
-                                  TmaTile<kTokens, kTiles, sizeof(T), kTranspose>::kCtas)
+template <typename T, typename S, int kTokens, int kOutputs, bool kTranspose>
+__global__ void __launch_bounds__(TmaTile<kTokens, kOutputs, sizeof(T), kTranspose>::kThreads,
+                                  TmaTile<kTokens, kOutputs, sizeof(T), kTranspose>::kCtas)
     AwqGemmTmaKernel(const __grid_constant__ AwqGemmTmaParams params) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using Tile = TmaTile<kTokens, kTiles, sizeof(T), kTranspose>;
+  using Tile = TmaTile<kTokens, kOutputs, sizeof(T), kTranspose>;
+  constexpr int kTiles = Tile::kTiles;
   using Lane = TmaLane<Tile>;
   using Unit = typename Tile::Unit;
-  using Consumer = TmaConsumer<T, S, kTokens, kTiles, kTranspose>;
+  using Consumer = TmaConsumer<T, S, kTokens, kOutputs, kTranspose>;
   const AwqGemmParams& p = params.p;
   extern __shared__ char unaligned[];
   const uint32_t shared =
@@ -92,7 +93,7 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T), kTranspose
   }
 
   if (warp >= Tile::kConsumerWarps) {
-    if constexpr (Tile::kMoveRegisters) ReleaseRegisters<40>();
+    if constexpr (Tile::kMoveRegisters) ReleaseRegisters<Tile::kProducerRegisters>();
     if (warp != Tile::kConsumerWarps) return;
     const int group_rows = params.group_rows;
     const bool zeros_in_stage = has_zeros && !Tile::kCodes;
@@ -108,7 +109,7 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T), kTranspose
       const int last = row + 1 == order.rows;
       const int x_rows = params.x_rows[last];
       const uint32_t x_bytes = x_rows * Tile::kXBoxes * members * Tile::kDepth * sizeof(T);
-      const uint32_t bytes = x_bytes + Tile::kWordBytes + group_bytes;
+      const uint32_t bytes = x_bytes + Tile::kDepth * kOutputs / 2 + group_bytes;
       const uint32_t sum_bytes = x_bytes + (has_zeros ? Tile::kSumWordBytes : Tile::kSumZerosAt);
       const int own_rows = member * x_rows * Tile::kXBoxes;  // where this member's begin
       const int token0 = row * kTokens + own_rows;
@@ -208,7 +209,7 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kTiles, sizeof(T), kTranspose
     return;
   }
 
-  if constexpr (Tile::kMoveRegisters) AcquireRegisters<232>();
+  if constexpr (Tile::kMoveRegisters) AcquireRegisters<Tile::kConsumerRegisters>();
   const int lane = threadIdx.x % 32;
   const StageReader<Tile> reader(shared, member, members);
   Consumer consumer = [&] {
@@ -347,9 +348,9 @@ static __global__ void ClearCountsKernel(uint32_t* counts, unsigned ctas) {
   for (unsigned i = threadIdx.x; i < ctas; i += blockDim.x) counts[i] = 0;
 }
 
-template <typename T, typename S, int kTokens, int kTiles, bool kTranspose = false>
+template <typename T, typename S, int kTokens, int kOutputs, bool kTranspose = false>
 cudaError_t LaunchTmaTile(const AwqGemmPlan& plan, const AwqGemmParams& p, cudaStream_t stream) {
-  using Tile = TmaTile<kTokens, kTiles, sizeof(T), kTranspose>;
+  using Tile = TmaTile<kTokens, kOutputs, sizeof(T), kTranspose>;
   const TensorMaps* maps = TensorMaps::Get();
   if (maps == nullptr) return cudaErrorNotSupported;
   const AwqWeight& w = p.buffers.weight;
@@ -417,7 +418,7 @@ cudaError_t LaunchTmaTile(const AwqGemmPlan& plan, const AwqGemmParams& p, cudaS
     ClearCountsKernel<<<1, 256, 0, stream>>>(params.parts.counts, static_cast<unsigned>(ctas));
     if (const cudaError_t error = cudaGetLastError()) return error;
   }
-  return LaunchClusters(AwqGemmTmaKernel<T, S, kTokens, kTiles, kTranspose>, params,
+  return LaunchClusters(AwqGemmTmaKernel<T, S, kTokens, kOutputs, kTranspose>, params,
                         p.cluster_size() * params.members, dim3(static_cast<unsigned>(ctas)),
                         Tile::kThreads, Tile::kSharedBytes, stream,
                         p.buffers.overlap || plan.stream_k);
@@ -428,9 +429,9 @@ cudaError_t LaunchTransposedTiles(const AwqGemmPlan& plan, const AwqGemmParams& 
                                   cudaStream_t stream) {
   switch (plan.tile_tokens) {
     case 128:
-      return LaunchTmaTile<T, S, 128, 1, true>(plan, p, stream);
+      return LaunchTmaTile<T, S, 128, 128, true>(plan, p, stream);
     case 256:
-      return LaunchTmaTile<T, S, 256, 1, true>(plan, p, stream);
+      return LaunchTmaTile<T, S, 256, 128, true>(plan, p, stream);
     default:
       return cudaErrorInvalidValue;
   }
@@ -441,36 +442,46 @@ cudaError_t LaunchTmaTiles(const AwqGemmPlan& plan, const AwqGemmParams& p, cuda
   if (p.transpose) return LaunchTransposedTiles<T, S>(plan, p, stream);
   switch (plan.tile_tokens * 1000 + plan.tile_outputs) {
     case 32128:
-      return LaunchTmaTile<T, S, 32, 1>(plan, p, stream);
+      return LaunchTmaTile<T, S, 32, 128>(plan, p, stream);
+    case 32192:
+      return LaunchTmaTile<T, S, 32, 192>(plan, p, stream);
     case 32256:
-      return LaunchTmaTile<T, S, 32, 2>(plan, p, stream);
+      return LaunchTmaTile<T, S, 32, 256>(plan, p, stream);
     case 48256:
-      if constexpr (std::is_same_v<T, S>) return LaunchTmaTile<T, S, 48, 2>(plan, p, stream);
+      if constexpr (std::is_same_v<T, S>) return LaunchTmaTile<T, S, 48, 256>(plan, p, stream);
       return cudaErrorInvalidValue;
     case 64128:
-      return LaunchTmaTile<T, S, 64, 1>(plan, p, stream);
+      return LaunchTmaTile<T, S, 64, 128>(plan, p, stream);
+    case 64192:
+      return LaunchTmaTile<T, S, 64, 192>(plan, p, stream);
     case 64256:
-      return LaunchTmaTile<T, S, 64, 2>(plan, p, stream);
+      return LaunchTmaTile<T, S, 64, 256>(plan, p, stream);
     case 96128:
-      return LaunchTmaTile<T, S, 96, 1>(plan, p, stream);
+      return LaunchTmaTile<T, S, 96, 128>(plan, p, stream);
+    case 96192:
+      return LaunchTmaTile<T, S, 96, 192>(plan, p, stream);
     case 96256:
-      return LaunchTmaTile<T, S, 96, 2>(plan, p, stream);
+      return LaunchTmaTile<T, S, 96, 256>(plan, p, stream);
     case 128128:
-      return LaunchTmaTile<T, S, 128, 1>(plan, p, stream);
+      return LaunchTmaTile<T, S, 128, 128>(plan, p, stream);
+    case 128192:
+      return LaunchTmaTile<T, S, 128, 192>(plan, p, stream);
     case 128256:
-      return LaunchTmaTile<T, S, 128, 2>(plan, p, stream);
+      return LaunchTmaTile<T, S, 128, 256>(plan, p, stream);
     case 160128:
-      return LaunchTmaTile<T, S, 160, 1>(plan, p, stream);
+      return LaunchTmaTile<T, S, 160, 128>(plan, p, stream);
     case 192128:
-      return LaunchTmaTile<T, S, 192, 1>(plan, p, stream);
+      return LaunchTmaTile<T, S, 192, 128>(plan, p, stream);
+    case 192192:
+      return LaunchTmaTile<T, S, 192, 192>(plan, p, stream);
     case 224128:
-      return LaunchTmaTile<T, S, 224, 1>(plan, p, stream);
+      return LaunchTmaTile<T, S, 224, 128>(plan, p, stream);
     case 256128:
-      return LaunchTmaTile<T, S, 256, 1>(plan, p, stream);
+      return LaunchTmaTile<T, S, 256, 128>(plan, p, stream);
     case 288128:
-      return LaunchTmaTile<T, S, 288, 1>(plan, p, stream);
+      return LaunchTmaTile<T, S, 288, 128>(plan, p, stream);
     case 320128:
-      return LaunchTmaTile<T, S, 320, 1>(plan, p, stream);
+      return LaunchTmaTile<T, S, 320, 128>(plan, p, stream);
     default:
       return cudaErrorInvalidValue;
   }
@@ -480,13 +491,13 @@ template <typename T>
 cudaError_t LaunchCodesTiles(const AwqGemmPlan& plan, const AwqGemmParams& p, cudaStream_t stream) {
   switch (plan.tile_tokens * 1000 + plan.tile_outputs) {
     case 32256:
-      return LaunchTmaTile<T, T, 32, 2>(plan, p, stream);
+      return LaunchTmaTile<T, T, 32, 256>(plan, p, stream);
     case 64256:
-      return LaunchTmaTile<T, T, 64, 2>(plan, p, stream);
+      return LaunchTmaTile<T, T, 64, 256>(plan, p, stream);
     case 128128:
-      return LaunchTmaTile<T, T, 128, 1>(plan, p, stream);
+      return LaunchTmaTile<T, T, 128, 128>(plan, p, stream);
     case 256128:
-      return LaunchTmaTile<T, T, 256, 1>(plan, p, stream);
+      return LaunchTmaTile<T, T, 256, 128>(plan, p, stream);
     default:
       return cudaErrorInvalidValue;
   }
