@@ -109,7 +109,8 @@ def _in_float64(function, case, *more):
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
         wide = [np.asarray(a).astype(np.float64) for a in (*case.float_operands, *more)]
         count = len(case.floats)
-        result = function(case.dense, wide[:count], *wide[count:])
+        run = jax.jit(function, static_argnums=0)
+        result = run(case.dense, wide[:count], *wide[count:])
         return jax.tree.map(np.asarray, result)
 
 
@@ -150,9 +151,10 @@ def test_vmap_of_grad(case):
     cotangent = _cotangent(case)
     index = tuple(range(len(case.floats)))
     stacked = [np.stack([f, f * f.dtype.type(0.5)]) for f in case.float_operands]
-    got = jax.vmap(jax.grad(_loss(case.of_floats, cotangent), index))(*stacked)
+    gradient = jax.jit(jax.grad(_loss(case.of_floats, cotangent), index))
+    got = jax.vmap(gradient)(*stacked)
     for i in range(E):
-        one = jax.grad(_loss(case.of_floats, cotangent), index)(*(s[i] for s in stacked))
+        one = gradient(*(s[i] for s in stacked))
         for batched, single in zip(got, one, strict=True):
             # Folding changes only the order of sums, which the last bits of 16-bit types show.
             np.testing.assert_allclose(
@@ -178,10 +180,9 @@ def test_grad_of_an_operand_shared_over_a_batch(case):
 
         value = case.operands[shared]
         mapped = jax.vmap(case.fn, axes, axis_size=len(variants))
-        got = jax.grad(loss)(value, mapped, stacked)
-        want = np.sum(
-            [np.asarray(jax.grad(loss)(value, case.fn, v), np.float32) for v in variants], 0
-        )
+        gradient = jax.jit(jax.grad(loss), static_argnums=1)
+        got = gradient(value, mapped, stacked)
+        want = np.sum([np.asarray(gradient(value, case.fn, v), np.float32) for v in variants], 0)
         np.testing.assert_allclose(
             np.asarray(got, np.float32), want, rtol=2e-2, atol=2e-2 * np.abs(want).max()
         )
@@ -191,17 +192,15 @@ def test_grad_of_an_operand_shared_over_a_batch(case):
 def test_second_derivatives(case):
     """Forward over reverse, and reverse over reverse: the rules are closed."""
     cotangent = _cotangent(case) / 64  # squares stay far below the largest float16
-    floats = [jnp.asarray(f) for f in case.float_operands]
-    direction = [jnp.full_like(f, 1 / 64) for f in floats]
 
     def square(fn):
         return lambda *a: (_loss(fn, cotangent)(*a)) ** 2
 
-    def forward_over_reverse(fn):
+    def forward_over_reverse(fn, *floats):
         grad = jax.grad(square(fn), tuple(range(len(floats))))
-        return jax.jvp(grad, tuple(floats), tuple(direction))[1]
+        return jax.jvp(grad, floats, tuple(jnp.full_like(f, 1 / 64) for f in floats))[1]
 
-    def reverse_over_reverse(fn):
+    def reverse_over_reverse(fn, *floats):
         def directional(*a):
             g = jax.grad(square(fn), tuple(range(len(floats))))(*a)
             return sum(jnp.sum(x.astype(jnp.float32)) for x in g)
@@ -209,7 +208,10 @@ def test_second_derivatives(case):
         return jax.grad(directional, tuple(range(len(floats))))(*floats)
 
     for transform in (forward_over_reverse, reverse_over_reverse):
-        for g, r in zip(transform(case.of_floats), transform(case.dense), strict=True):
+        # One program each: many of one operation each take longer to compile.
+        run = jax.jit(transform, static_argnums=0)
+        got, want = (run(fn, *case.float_operands) for fn in (case.of_floats, case.dense))
+        for g, r in zip(got, want, strict=True):
             assert g.dtype == r.dtype
             r = np.asarray(r, np.float32)
             np.testing.assert_allclose(
@@ -289,7 +291,7 @@ def test_shard_map(case, check_vma):
 
     index = tuple(range(len(case.floats)))
     gradients = jax.jit(jax.grad(lambda *f: mapped(scale, *f).sum(), index))(*case.float_operands)
-    single = jax.grad(lambda *f: 4 * case.of_floats(*f).astype(jnp.float32).sum(), index)(
+    single = jax.jit(jax.grad(lambda *f: 4 * case.of_floats(*f).astype(jnp.float32).sum(), index))(
         *case.float_operands
     )
     for g, s in zip(gradients, single, strict=True):
