@@ -264,6 +264,12 @@ const char* ChooseTma(const AwqGemmProblem& p, const Device& device) {
   const int shared_split = p.batch_invariant ? BatchInvariantTmaSplit(p, device) : 0;
   for (const AwqGemmVariant& v : kVariants) {
     if (!IsTma(v) || Unsupported(v, p, device)) continue;
+    // More vector instructions for a product than tiles of 256 rows, and so more power: with many
+    // rows that is what counts, and these times are of a processor at rest.
+    constexpr int kMostRowsOfTwelveWarps = 512;
+    if (v.kernel == AwqGemmKernel::kTma && v.outputs == 192 && p.m > kMostRowsOfTwelveWarps) {
+      continue;
+    }
     const int split = p.split_k > 0       ? 1
                       : p.batch_invariant ? shared_split
                                           : BestTmaSplit(p, device, v);
