@@ -47,3 +47,26 @@ def test_performance_table_is_the_committed_result(dtype):
     table = report.overview(json.loads(file.read_text())["rows"], dtype)
     assert table.count("\n") == 17  # reading, and 1 to 8192 rows of x
     assert table in (ROOT / "README.md").read_text()
+
+
+def test_table_of_other_weights_is_the_committed_result():
+    file = ROOT / "benchmarks/results/nvidia_h200/awq_gemm.json"
+    us = {
+        (row["M"], f"{row['K']} x {row['N']}", row["impl"]): row["us"]
+        for row in json.loads(file.read_text())["rows"]
+        if (row["op"], row["dtype"], row["group_size"]) == ("awq_gemm", "float16", 128)
+    }
+    table = re.search(
+        r"^Other weights, .*\n\n((?:\|.*\n)+)", (ROOT / "README.md").read_text(), re.M
+    )
+    head, _, *lines = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table[1].splitlines()
+    ]
+    assert len(lines) == 10
+    for first, *cells in lines:
+        for weight, cell in zip(head[1:], cells, strict=True):
+            m, impls = (0, ["read"]) if first == "read" else (int(first), ["jax_awq", "xla_dense"])
+            want = [us[m, weight, impl] for impl in impls]
+            told = [float(number) for number in cell.split(" / ")]
+            # To a tenth, and from 100 on to one.
+            assert told == [round(u, 1) if u < 100 else round(u) for u in want], (first, weight)
