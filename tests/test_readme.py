@@ -49,24 +49,33 @@ def test_performance_table_is_the_committed_result(dtype):
     assert table in (ROOT / "README.md").read_text()
 
 
-def test_table_of_other_weights_is_the_committed_result():
-    file = ROOT / "benchmarks/results/nvidia_h200/awq_gemm.json"
+@pytest.mark.parametrize(
+    ("op", "above", "impls", "lines"),
+    [
+        ("awq_gemm", "Other weights, ", ["jax_awq", "xla_dense"], 10),
+        (
+            "awq_gemm_w4a8",
+            "`awq_gemm_w4a8` with the rounding ",
+            ["jax_awq", "awq_gemm", "jax_awq_float8", "xla_dense"],
+            8,
+        ),
+    ],
+)
+def test_table_of_weights_is_the_committed_result(op, above, impls, lines):
+    file = ROOT / f"benchmarks/results/nvidia_h200/{op}.json"
     us = {
         (row["M"], f"{row['K']} x {row['N']}", row["impl"]): row["us"]
         for row in json.loads(file.read_text())["rows"]
-        if (row["op"], row["dtype"], row["group_size"]) == ("awq_gemm", "float16", 128)
+        if (row["op"], row["dtype"], row["group_size"]) == (op, "float16", 128)
     }
-    table = re.search(
-        r"^Other weights, .*\n\n((?:\|.*\n)+)", (ROOT / "README.md").read_text(), re.M
-    )
-    head, _, *lines = [
+    table = re.search(rf"^{above}.*\n\n((?:\|.*\n)+)", (ROOT / "README.md").read_text(), re.M)
+    head, _, *rows = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in table[1].splitlines()
     ]
-    assert len(lines) == 10
-    for first, *cells in lines:
+    assert len(rows) == lines
+    for first, *cells in rows:
+        m, told = (0, ["read"]) if first == "read" else (int(first), impls)
         for weight, cell in zip(head[1:], cells, strict=True):
-            m, impls = (0, ["read"]) if first == "read" else (int(first), ["jax_awq", "xla_dense"])
-            want = [us[m, weight, impl] for impl in impls]
-            told = [float(number) for number in cell.split(" / ")]
             # To a tenth, and from 100 on to one.
-            assert told == [round(u, 1) if u < 100 else round(u) for u in want], (first, weight)
+            want = [round(u, 1) if u < 100 else round(u) for u in (us[m, weight, i] for i in told)]
+            assert [float(number) for number in cell.split(" / ")] == want, (first, weight)
