@@ -13,31 +13,16 @@ import pathlib
 import subprocess
 
 from jax_awq import build_info
+from jax_awq.problems import PROBLEMS, SWEEP_PROBLEMS
 from jax_awq.testing import planned
 
-# (K, N) of decoders' linears.
-WEIGHTS = (
-    (4096, 4096),
-    (4096, 6144),
-    (14336, 4096),
-    (4096, 28672),
-    (8192, 10240),
-    (8192, 28672),
-    (28672, 8192),
-    (5120, 5120),
-    (2048, 5120),
-    (11008, 4096),
-    (4096, 11008),
-    (5120, 13824),
-    (3584, 18944),
-)
 ROWS = (1, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024)
 MOST_SPLITS = 8  # parts of K that meet in a cluster
 
 
 def main() -> None:
     args = _parser().parse_args()
-    points = [(k, n, m) for k, n in WEIGHTS for m in ROWS]
+    points = [(k, n, m) for k, n in map(PROBLEMS.__getitem__, SWEEP_PROBLEMS) for m in ROWS]
     lines = [
         "# Microseconds of awq_gemm's variants and splits: benchmarks/sweep.cu, medians of seven",
         f"# runs after {args.seconds:g} s of load. {build_info()['source_hash']},"
