@@ -92,6 +92,41 @@ def test_missing_layer_or_expert(tmp_path, modules, values, text):
         load(tmp_path, weight(*modules), values)
 
 
+ENDS = ("model.embed_tokens", "model.norm", "lm_head")
+WHOLE = (*(f"model.layers.{n}.{m}" for n in (0, 1) for m in ("q", "norm")), *ENDS)
+QUANTIZED = weight("model.layers.0.up", "model.layers.1.up")
+
+
+@pytest.mark.parametrize("left_out", WHOLE)
+def test_missing_module(tmp_path, left_out):
+    """Of an architecture whose layers are alike, with nothing but the names to tell."""
+    values = {"model_type": "llama", "num_hidden_layers": 2}
+    there = [name for name in WHOLE if name != left_out]
+    with pytest.raises(ValueError, match=rf"load_hf: {left_out} is missing in .*model.safetensors"):
+        load(tmp_path, QUANTIZED | dense(*there), values)
+
+
+@pytest.mark.parametrize(
+    ("left_out", "values"),
+    [
+        ("", {"model_type": "llama"}),
+        ("lm_head", {"model_type": "llama", "tie_word_embeddings": True}),
+        ("lm_head", {"model_type": "llama", "architectures": ["LlamaModel"]}),
+        ("model.layers.1.q", {"model_type": "another"}),
+        ("model.norm", {"model_type": "another"}),
+    ],
+)
+def test_what_a_model_may_lack(tmp_path, left_out, values):
+    there = [name for name in WHOLE if name != left_out]
+    load(tmp_path, QUANTIZED | dense(*there), {"num_hidden_layers": 2, **values})
+
+
+def test_layers_with_and_without_experts(tmp_path):
+    modules = ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.gate", *ENDS]
+    values = {"model_type": "qwen3_moe", "num_hidden_layers": 2, "num_experts": 2}
+    load(tmp_path, weight(*experts(0, 1, layer=1)) | dense(*modules), values)
+
+
 def test_more_layers_than_the_configuration_has(tmp_path):
     """DeepSeek V3 has one more, which predicts a second token."""
     modules = ["model.layers.0.q", "model.layers.1.q"]

@@ -17,7 +17,7 @@ from jax import Array
 
 from jax_awq._checks import read_dtype
 from jax_awq.checkpoint.config import QuantConfig, find_config, read_config
-from jax_awq.checkpoint.counts import check_counts
+from jax_awq.checkpoint.counts import check_counts, check_modules
 from jax_awq.checkpoint.files import Tensor, find_tensors, open_tensors
 from jax_awq.checkpoint.formats import BadPart, Geometry, Readable, format_of, is_linear
 from jax_awq.weights import AWQWeight, PermutedWeight
@@ -58,9 +58,10 @@ def load_hf(
 
     Raises:
       FileNotFoundError: the folder, its configuration or a file that it names is missing.
-      ValueError: a file is damaged, a tensor, layer or expert is missing, a tensor is unused, twice
-        there or misshapen, has values that its format does not have, or is in a format that is not
-        read; or the configuration contradicts the tensors.
+      ValueError: a file is damaged; a layer, an expert, a module of a Llama, Mistral, Qwen2 or
+        Qwen3, or a tensor is missing; a tensor is unused, twice there or misshapen, has values that
+        its format does not have, or is in a format that is not read; or the configuration
+        contradicts the tensors.
       TypeError: `dtype` is not floating.
       ImportError: safetensors is not installed.
 
@@ -73,13 +74,18 @@ def load_hf(
 
 @contextlib.contextmanager
 def open_hf(
-    path: str | os.PathLike[str], *, dtype: Any = None, progress: bool = False, dense: bool = False
+    path: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    progress: bool = False,
+    for_model: bool = False,
 ) -> Iterator[dict[str, Callable[[], Any]]]:
     """What `load_hf` loads, each behind a function that reads it to the host.
 
     AWQ's own layouts come as numpy arrays; what has to be converted, from JAX's default device. The
-    files are mapped, and the functions valid, inside the context. With `dense` a checkpoint is
-    taken, too, in which neither tensors nor configuration tell of quantization.
+    files are mapped, and the functions valid, inside the context. With `for_model` a checkpoint is
+    taken, too, in which neither tensors nor configuration tell of quantization, and the caller, who
+    knows the model, is to see that no module is missing.
     """
     dtype = None if dtype is None else read_dtype("load_hf", dtype)
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
@@ -88,11 +94,13 @@ def open_hf(
     tensors = find_tensors(folder)
     linears: dict[str, Linear] = {}
     found = linear_parts(tensors)
-    config = find_config(folder) if dense and not found else read_config(folder)
+    config = find_config(folder) if for_model and not found else read_config(folder)
     if config is not None:
         linears = {module: read_linear(module, parts, config) for module, parts in found.items()}
         check_quantized(folder, tensors, linears)
     check_whole(folder, tensors, linears)
+    if not for_model:
+        check_modules(folder, tensors)
     plain = other_tensors(tensors, linears)
 
     with open_tensors() as read:

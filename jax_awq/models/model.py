@@ -64,7 +64,7 @@ def load(
         raise ValueError(
             f"load: layers='stacked' needs equal layers, but their windows are {config.windows}"
         )
-    with open_hf(path, dtype=config.dtype, progress=progress, dense=True) as tensors:
+    with open_hf(path, dtype=config.dtype, progress=progress, for_model=True) as tensors:
         params = assemble(
             tensors,
             config,
