@@ -1,7 +1,10 @@
 """Checks of what a caller passes; every text starts with the op and names the argument."""
 
+import numbers
+from collections.abc import Hashable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -16,15 +19,38 @@ def check_shape(op: str, name: str, array: Any, want: tuple[int, ...]) -> None:
 
 
 def check_dtype(op: str, name: str, array: Any, *want: str) -> None:
+    if not hasattr(array, "dtype"):
+        raise TypeError(f"{op}: {name} must be an array, got {type(array).__name__}")
     if str(array.dtype) not in want:
         raise TypeError(f"{op}: {name} must be {' or '.join(want)}, got {array.dtype}")
 
 
-def read_dtype(op: str, dtype: Any) -> np.dtype:
+def read_dtype(op: str, dtype: Any, name: str = "dtype") -> np.dtype:
     try:
         return jnp.dtype(dtype)
     except TypeError as error:
-        raise TypeError(f"{op}: dtype must be a dtype or the name of one, got {dtype!r}") from error
+        raise TypeError(
+            f"{op}: {name} must be a dtype or the name of one, got {dtype!r}"
+        ) from error
+
+
+def read_out_dtype(op: str, dtype: Any, *want: str, name: str = "out_dtype") -> np.dtype:
+    """The dtype of a result, one of `want`."""
+    found = read_dtype(op, dtype, name)
+    check_dtype(op, "the result", jax.ShapeDtypeStruct((), found), *want)
+    return found
+
+
+def check_integer(op: str, name: str, value: Any) -> None:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be an integer, got {value!r}")
+
+
+def check_static(op: str, **values: Any) -> None:
+    """What a program is compiled for cannot be a list, a dict or an array."""
+    for name, value in values.items():
+        if not isinstance(value, Hashable):
+            raise TypeError(f"{op}: {name} must be a plain value, got {value!r}")
 
 
 def check_choice(op: str, name: str, value: Any, choices: tuple[Any, ...]) -> None:
@@ -61,6 +87,8 @@ def check_weight(
 
 
 def _group_size(op, k, n, scales, layout, group_size) -> int:
+    if group_size is not None:
+        check_integer(op, "group_size", group_size)
     if group_size is None:
         if layout == "gemv":
             raise ValueError(

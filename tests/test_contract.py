@@ -34,6 +34,33 @@ def test_eager_and_jit(case):
     assert_close(eager, case.exact(*case.operands), case.dense(*case.float_operands))
 
 
+@pytest.fixture
+def compiled():
+    """What JAX traces, lowers or compiles, as it happens."""
+    seen = []
+    listening = True
+
+    def listen(event, _, **__):
+        if listening and event.startswith("/jax/core/compile"):
+            seen.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield seen
+    listening = False
+
+
+@every_case
+def test_a_call_is_compiled_once(case, compiled):
+    """Eagerly, which is then a look into a cache."""
+    first, second = (jax.tree.map(jnp.array, case.operands) for _ in range(2))
+    case.fn(*first)
+    compiled.clear()
+    case.fn(*second)
+    assert not compiled
+    jax.jit(lambda x: x + 1)(1)
+    assert compiled  # so it would have been seen
+
+
 # --- vmap
 
 

@@ -58,6 +58,25 @@ WEIGHT_ERRORS = [
         ValueError,
         "layout must be one of ('gemm', 'gemv', 'oc_major'), got 'marlin'",
     ),
+    ({"group_size": "32"}, TypeError, "group_size must be an integer, got '32'"),
+    ({"group_size": 32.0}, TypeError, "group_size must be an integer, got 32.0"),
+    ({"group_size": [32]}, TypeError, "group_size must be a plain value, got [32]"),
+    ({"qweight": [[0]]}, TypeError, "qweight must be an array, got list"),
+    (
+        {"qweight": ONES((12, K // 8), np.int32), "layout": "oc_major", "group_size": G},
+        ValueError,
+        "N=12 must be a multiple of 8",
+    ),
+    (
+        {
+            "qweight": ONES((N, K // 8), np.int32),
+            "scales": ONES((16, N), np.float16),
+            "qzeros": None,
+            "layout": "oc_major",
+        },
+        ValueError,
+        "layout 'oc_major' needs a group_size that is a multiple of 8, got 4",
+    ),
     ({"group_size": 48}, ValueError, "group_size must be -1 or a divisor of K=64, got 48"),
     (
         {"layout": "gemv"},
@@ -103,6 +122,19 @@ GEMM_ERRORS = [
         ValueError,
         "activation must be one of (None, 'gelu', 'gelu_tanh', 'relu', 'silu'), got 'swish'",
     ),
+    ({"x": [1.0]}, TypeError, "x must be an array, got list"),
+    (
+        {"activation": ["silu"]},
+        TypeError,
+        "activation must be a plain value, got ['silu']",
+    ),
+    (
+        {"out_dtype": "nonsense"},
+        TypeError,
+        "out_dtype must be a dtype or the name of one, got 'nonsense'",
+    ),
+    ({"split_k_iters": 2.5}, TypeError, "split_k_iters must be an integer, got 2.5"),
+    ({"split_k_iters": True}, TypeError, "split_k_iters must be an integer, got True"),
     ({"split_k_iters": 0}, ValueError, "split_k_iters must be 1 or more, got 0"),
     (
         {"deterministic": "always"},

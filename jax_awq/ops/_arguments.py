@@ -2,10 +2,9 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from jax_awq._checks import FLOATS, check_choice, check_dtype, check_shape
+from jax_awq._checks import FLOATS, check_choice, check_dtype, check_shape, read_out_dtype
 from jax_awq._packing import weight_size
 from jax_awq.ops import _weight
 from jax_awq.ops._epilogue import ACTIVATIONS
@@ -41,8 +40,7 @@ def product_operands(
     check_choice(op, "activation", activation, (None, *sorted(set(ACTIVATIONS) - {"none"})))
     if out_dtype is None:
         out_dtype = x.dtype if str(x.dtype) in FLOATS else jnp.float32
-    out_dtype = jnp.dtype(out_dtype)
-    check_dtype(op, "the result", jax.ShapeDtypeStruct((), out_dtype), *FLOATS)
+    out_dtype = read_out_dtype(op, out_dtype, *FLOATS)
     leading = {"qweight": qweight.shape[:-2], "scales": scales.shape[:-2]}
     if qzeros is not None:
         leading["qzeros"] = qzeros.shape[:-2]

@@ -10,7 +10,7 @@ from jax import Array
 from jax.extend.core import Primitive
 
 from jax_awq._batching import fold_batch, scale_of_rows
-from jax_awq._checks import FLOATS, check_choice, check_dtype, check_shape
+from jax_awq._checks import FLOATS, check_choice, check_dtype, check_shape, read_out_dtype
 from jax_awq._primitive import OpDef, Sharding, apply_explicit, bind_varying, define_primitive
 from jax_awq.ops import _int8_matmul_call as call
 from jax_awq.ops._epilogue import ACTIVATIONS
@@ -55,8 +55,7 @@ def matmul(
     plain = all(v is None for v in (scale_a, scale_b, scale_c, bias, activation))
     if out_dtype is None:
         out_dtype = jnp.int32 if plain else jnp.float32
-    out_dtype = jnp.dtype(out_dtype)
-    check_dtype(op, "the result", jax.ShapeDtypeStruct((), out_dtype), "int32", *FLOATS)
+    out_dtype = read_out_dtype(op, out_dtype, "int32", *FLOATS)
     if out_dtype == call.INT32 and not plain:
         raise ValueError(f"{op}: an int32 result takes no scale, bias or activation")
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend.core import Primitive
 
-from jax_awq._checks import FLOATS, check_choice, check_dtype, check_shape
+from jax_awq._checks import FLOATS, check_choice, check_dtype, check_shape, check_static
 from jax_awq._primitive import apply_explicit, bind_varying
 from jax_awq.ops import _activation, _weight
 from jax_awq.ops import _w4a8_call as call
@@ -45,6 +45,15 @@ def matmul(
     out_dtype: Any,
 ) -> Array:
     op = prim.name.removeprefix("jax_awq.")
+    check_static(
+        op,
+        codes=codes,
+        granularity=granularity,
+        group_size=group_size,
+        layout=layout,
+        activation=activation,
+        out_dtype=out_dtype,
+    )
     permuted = qweight if hasattr(qweight, "perm") else None
     arrays, layout, group_size = _weight.unpack_weight(
         op, permuted.weight if permuted else qweight, scales, qzeros, layout, group_size

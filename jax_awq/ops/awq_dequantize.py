@@ -9,7 +9,7 @@ from jax import Array
 
 from jax_awq import _ffi
 from jax_awq._batching import fold_batch
-from jax_awq._checks import FLOATS, check_dtype
+from jax_awq._checks import FLOATS, check_static, read_out_dtype
 from jax_awq._packing import weight_size
 from jax_awq._plan import kernel_plan, reference_plan, target_of, why_reference
 from jax_awq._primitive import OpDef, Sharding, apply_explicit, bind_varying, define_primitive
@@ -49,6 +49,7 @@ def awq_dequantize(
 
     Source: AutoAWQ 0.2.9, awq/utils/packing_utils.py, dequantize_gemm.
     """
+    check_static("awq_dequantize", layout=layout, group_size=group_size, dtype=dtype)
     permuted = qweight if hasattr(qweight, "perm") else None
     qweight = qweight if permuted is None else permuted.weight
     arrays, layout, group_size = _weight.unpack_weight(
@@ -67,8 +68,8 @@ def _awq_dequantize(qweight, scales, qzeros, *, layout, group_size, dtype, varia
     operands, params = _weight.canonical_weight(
         "awq_dequantize", qweight, scales, qzeros, layout=layout, group_size=group_size
     )
-    dtype = jnp.dtype(scales.dtype if dtype is None else dtype)
-    check_dtype("awq_dequantize", "the result", jax.ShapeDtypeStruct((), dtype), *FLOATS)
+    dtype = scales.dtype if dtype is None else dtype
+    dtype = read_out_dtype("awq_dequantize", dtype, *FLOATS, name="dtype")
     (weight,) = apply_explicit(
         "awq_dequantize",
         functools.partial(bind_varying, awq_dequantize_p),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jax_awq._batching import fold_batch, fold_rows
-from jax_awq._checks import FLOATS, check_choice
+from jax_awq._checks import FLOATS, check_choice, check_integer, check_static
 from jax_awq._primitive import OpDef, Sharding, apply_explicit, bind_varying, define_primitive
 from jax_awq.ops import _awq_gemm_call as call
 from jax_awq.ops import _weight
@@ -82,6 +82,15 @@ def awq_gemm(
 
     Source: AWQ, arXiv 2306.00978; layouts: AutoAWQ 0.2.9, awq/modules/linear.
     """
+    check_static(
+        "awq_gemm",
+        group_size=group_size,
+        layout=layout,
+        activation=activation,
+        split_k_iters=split_k_iters,
+        deterministic=deterministic,
+        out_dtype=out_dtype,
+    )
     if hasattr(qweight, "perm"):
         x, qweight = qweight.permute_inputs(x), qweight.weight
     arrays, layout, group_size = _weight.unpack_weight(
@@ -130,8 +139,10 @@ def _awq_gemm(
         out_dtype=out_dtype,
         x_dtypes=FLOATS,
     )
-    if split_k_iters is not None and split_k_iters < 1:
-        raise ValueError(f"awq_gemm: split_k_iters must be 1 or more, got {split_k_iters}")
+    if split_k_iters is not None:
+        check_integer("awq_gemm", "split_k_iters", split_k_iters)
+        if split_k_iters < 1:
+            raise ValueError(f"awq_gemm: split_k_iters must be 1 or more, got {split_k_iters}")
     check_choice("awq_gemm", "deterministic", deterministic, _DETERMINISTIC)
     (y,) = apply_explicit(
         "awq_gemm",

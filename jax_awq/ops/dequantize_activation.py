@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jax_awq import _ffi
-from jax_awq._checks import FLOATS, check_dtype
+from jax_awq._checks import FLOATS, check_static, read_out_dtype
 from jax_awq._plan import kernel_plan, reference_plan, target_of, why_reference
 from jax_awq._primitive import OpDef, Sharding, apply_explicit, bind_varying, define_primitive
 from jax_awq.ops import _activation, _weight
@@ -35,6 +35,7 @@ def dequantize_activation(qa: QuantizedActivation, dtype: Any = jnp.float32) -> 
         raise TypeError(
             f"dequantize_activation: qa must be a QuantizedActivation, got {type(qa).__name__}"
         )
+    check_static("dequantize_activation", dtype=dtype)
     return _dequantize_activation(
         qa,
         dtype=dtype,
@@ -44,8 +45,7 @@ def dequantize_activation(qa: QuantizedActivation, dtype: Any = jnp.float32) -> 
 
 @functools.partial(jax.jit, inline=True, static_argnames=("dtype", "variant"))
 def _dequantize_activation(qa, *, dtype, variant):
-    dtype = jnp.dtype(dtype)
-    check_dtype("dequantize_activation", "the result", jax.ShapeDtypeStruct((), dtype), *FLOATS)
+    dtype = read_out_dtype("dequantize_activation", dtype, *FLOATS, name="dtype")
     shape = list(qa.scale.shape)
     columns = [shape.pop()] if qa.granularity == "channel" else [1]
     scale = qa.scale.reshape(*shape, *[1] * (qa.ndim - 1 - len(shape)), *columns)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from jax import Array
 
+from jax_awq._checks import check_static
 from jax_awq.ops import _int8_matmul as shared
 from jax_awq.ops._weight import forced_variant
 
@@ -49,6 +50,7 @@ def int8_matmul(
       ValueError: a shape or a value disagrees with the table above.
       TypeError: a dtype disagrees with it.
     """
+    check_static("int8_matmul", activation=activation, out_dtype=out_dtype)
     return _int8_matmul(
         a,
         b,

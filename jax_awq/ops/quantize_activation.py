@@ -9,7 +9,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_awq import _ffi
-from jax_awq._checks import FLOATS, check_choice, check_dtype, check_shape
+from jax_awq._checks import (
+    FLOATS,
+    check_choice,
+    check_dtype,
+    check_integer,
+    check_shape,
+    check_static,
+)
 from jax_awq._plan import kernel_plan, reference_plan, target_of, why_reference
 from jax_awq._primitive import OpDef, Sharding, apply_explicit, bind_varying, define_primitive
 from jax_awq.ops import _activation, _weight
@@ -57,6 +64,7 @@ def quantize_activation(
       ValueError: a shape or a value disagrees with the table above.
       TypeError: a dtype disagrees with it.
     """
+    check_static("quantize_activation", bits=bits, granularity=granularity, group_size=group_size)
     return _quantize_activation(
         x,
         scale,
@@ -82,6 +90,8 @@ def _quantize_activation(x, scale, *, bits, granularity, group_size, variant):
         raise ValueError(f"{op}: scale must be None for granularity 'token', got one")
     if granularity == "channel" and scale is None:
         raise ValueError(f"{op}: granularity 'channel' needs scale, got None")
+    if group_size is not None:
+        check_integer(op, "group_size", group_size)
     groups = 0 if group_size is None else k if group_size == -1 else group_size
     if group_size is not None and (groups < 1 or k % groups):
         raise ValueError(f"{op}: group_size must be -1 or a divisor of K={k}, got {group_size}")

@@ -228,6 +228,13 @@ def test_linear_transpose_in_a_scale(rng):
 ONES = np.ones
 F32 = np.float32
 ERRORS = [
+    ({"a": [1]}, TypeError, "{a} must be an array, got list"),
+    ({"activation": ["relu"]}, TypeError, "activation must be a plain value, got ['relu']"),
+    (
+        {"out_dtype": "nonsense"},
+        TypeError,
+        "out_dtype must be a dtype or the name of one, got 'nonsense'",
+    ),
     ({"a": ONES((3, 16), F32)}, TypeError, "{a} must be {dtypes}, got float32"),
     ({"b": ONES((16, 8), np.int32)}, TypeError, "{b} must be {dtypes}, got int32"),
     ({"a": ONES((3, 15), np.int8)}, ValueError, "{a} must have shape (..., 16), got (3, 15)"),
@@ -286,6 +293,8 @@ def test_errors(bits, change, error, text):
 
 
 def test_k_must_fit_the_bytes():
+    with pytest.raises(TypeError, match=r"^int4_matmul: k must be an integer, got 31.0"):
+        int4_matmul(ONES((3, 16), np.int8), ONES((16, 8), np.int8), k=31.0)
     with pytest.raises(ValueError, match=r"^int4_matmul: k must be 31 or 32, got 33"):
         int4_matmul(ONES((3, 16), np.int8), ONES((16, 8), np.int8), k=33)
 

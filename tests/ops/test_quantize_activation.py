@@ -368,6 +368,8 @@ def test_plan(monkeypatch):
             TypeError,
             "scale must be float16 or bfloat16 or float32, got int32",
         ),
+        ({"group_size": 2.0}, TypeError, "group_size must be an integer, got 2.0"),
+        ({"bits": [8]}, TypeError, "bits must be a plain value, got [8]"),
         ({"group_size": 3}, ValueError, "group_size must be -1 or a divisor of K=8, got 3"),
         ({"group_size": 0}, ValueError, "group_size must be -1 or a divisor of K=8, got 0"),
     ],
