@@ -78,6 +78,13 @@ def test_handlers_are_named_after_their_op():
         assert handler == "".join(word.capitalize() for word in name.split("_")) + "Handler"
 
 
+def test_xla_may_record_every_op_into_a_cuda_graph():
+    for name, handler in declared_ops():
+        text = (ROOT / f"src/ffi/{name}.cc").read_text()
+        definition = re.search(rf"XLA_FFI_DEFINE_HANDLER\w*\(\s*{handler}\b.*?\);", text, re.S)
+        assert "kCmdBufferCompatible" in definition[0], name
+
+
 @needs_cuda_build
 def test_every_op_has_a_handler():
     targets = {f"jax_awq.{name}" for name, _ in declared_ops()}

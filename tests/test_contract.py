@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from contract import CASES
 from contract_case import E, K, auto_mesh
+from jax import export
 from jax.sharding import PartitionSpec as P
 
 from jax_awq import awq_gemm
@@ -16,6 +17,8 @@ from jax_awq._primitive import OPS, OpDef
 from jax_awq.testing import assert_close, dequantize_float64, random_weight
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+_OF_OPS = {case.op: case for case in CASES.values()}
+every_op = pytest.mark.parametrize("case", _OF_OPS.values(), ids=_OF_OPS.keys())
 
 
 def test_every_op_has_a_case():
@@ -267,6 +270,29 @@ def test_linear_transpose(rng):
 # --- control flow
 
 
+@every_op
+def test_scan(case):
+    stacked = jax.tree.map(lambda o: jnp.stack([o, o]), case.operands)
+    _, got = jax.lax.scan(lambda _, o: (0, case.fn(*o)), 0, stacked)
+    want = jax.jit(case.fn)(*case.operands)
+    np.testing.assert_array_equal(got, jnp.stack([want, want]))
+
+
+@every_op
+def test_remat(case):
+    if not case.floats:
+        pytest.skip("every operand is an integer")
+    index = tuple(range(len(case.floats)))
+    got, want = (
+        jax.jit(jax.grad(lambda *f, fn=fn: fn(*f).astype(jnp.float32).sum(), index))(
+            *case.float_operands
+        )
+        for fn in (jax.checkpoint(case.of_floats), case.of_floats)
+    )
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_array_equal(g, w)
+
+
 def test_scan_over_layers_with_remat(rng):
     """A stack of square layers as one scan equals the loop, and so do its gradients."""
     weights = random_weight(rng, K, K, group_size=32, batch=(3,))
@@ -288,6 +314,19 @@ def test_scan_over_layers_with_remat(rng):
         jax.grad(lambda x, f=f: f(x).astype(jnp.float32).sum())(x) for f in (scanned, looped)
     ]
     np.testing.assert_allclose(*gradients, rtol=1e-2, atol=1e-4)
+
+
+# --- export
+
+
+@every_op
+def test_export_for_both_platforms_and_reload(case):
+    checks = [export.DisabledSafetyCheck.custom_call(f"jax_awq.{op}") for op in OPS]
+    exported = export.export(jax.jit(case.fn), platforms=("cpu", "cuda"), disabled_checks=checks)(
+        *case.operands
+    )
+    again = export.deserialize(exported.serialize())
+    np.testing.assert_array_equal(again.call(*case.operands), jax.jit(case.fn)(*case.operands))
 
 
 # --- shard_map

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from shards import DP, TP, collectives, put_auto, specs_of
 
-from jax_awq import AWQWeight, awq_gemm
+from jax_awq import AWQWeight, awq_dequantize, awq_gemm
 from jax_awq.testing import assert_close, assert_close_to_float64, random_problem, random_weight
 
 M, K, N = 16, 256, 64
@@ -58,6 +58,24 @@ def test_auto_axes(rng, layout, x_spec, split, bias_spec, result, found):
     assert_close_to_float64(y, p)
     assert y.sharding.spec == result
     assert seen == found
+
+
+@LAYOUTS
+@pytest.mark.parametrize(
+    ("split", "result"),
+    [(None, P()), ("N", P(None, "tp")), ("K", P("tp")), ("K, scales whole", P("tp"))],
+)
+@pytest.mark.parametrize("group_size", [32, -1])
+def test_dequantize_where_the_weight_lies(rng, layout, split, result, group_size):
+    weight = random_weight(rng, K, N, group_size=group_size, layout=layout)
+    if group_size == -1 and split == "K":
+        pytest.skip("a single row of scales cannot be split")
+    fn = jax.jit(awq_dequantize)
+    placed = put_auto(weight, specs_of(weight, split))
+    dense = fn(placed)
+    np.testing.assert_array_equal(dense, fn(weight))
+    assert [*dense.sharding.spec, None, None][:2] == [*result, None, None][:2]
+    assert collectives(fn.lower(placed).compile()) == {}
 
 
 @LAYOUTS
