@@ -1,6 +1,7 @@
 """Every example runs, and the errors it prints are within the stated tolerances."""
 
 import importlib.util
+import itertools
 import os
 import re
 import shutil
@@ -85,12 +86,19 @@ def test_llama_mlp():
     assert "every error is within its tolerance" in output
 
 
-@pytest.mark.parametrize("mistake", ["natural_zeros", "zero_8"])
-def test_llama_mlp_can_fail(tmp_path, mistake):
+@pytest.mark.parametrize(
+    ("linear", "mistake", "exceeded"),
+    [
+        ("gate_proj", "natural_zeros", ["gate_proj", "mlp, jit"]),
+        ("gate_proj", "zero_8", ["gate_proj", "mlp, jit"]),
+        ("up_proj", "zero_8", ["mlp, jit", "mlp, jit of vmap"]),
+    ],
+)
+def test_llama_mlp_can_fail(tmp_path, linear, mistake, exceeded):
     """With the two mistakes that a model's predictions hardly show."""
     shutil.copytree(LLAMA, tmp_path, dirs_exist_ok=True)
     tensors = load_file(LLAMA / "model.safetensors")
-    name = "model.layers.0.mlp.gate_proj.qzeros"
+    name = f"model.layers.0.mlp.{linear}.qzeros"
     words = tensors[name].view(np.uint32)
     if mistake == "zero_8":
         words = np.full_like(words, 0x88888888)
@@ -106,7 +114,8 @@ def test_llama_mlp_can_fail(tmp_path, mistake):
     done = run("02_llama_mlp.py", tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
     errors = llama_errors(done.stdout)
-    assert all(errors[dtype, "gate_proj"] > 3 * TOLERANCE[dtype] for dtype in TOLERANCE)
+    for dtype, what in itertools.product(TOLERANCE, exceeded):
+        assert errors[dtype, what] > 3 * TOLERANCE[dtype], (dtype, what)
     assert "EXCEEDED" in done.stdout
 
 

@@ -7,15 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from contract import CASES
 from contract_case import K, N, auto_mesh
 from jax import export
 from jax.sharding import PartitionSpec as P
 
 import jax_awq
-from jax_awq import AWQWeight, KernelPlan, _ffi, awq_gemm, build_info, plan
+from jax_awq import AWQWeight, KernelPlan, _ffi, _plan, awq_gemm, build_info, plan
 from jax_awq.testing import random_problem, random_weight
 
 WORKSPACE = 4096
+OF_OPS = {case.op: case for case in CASES.values()}  # one of each
 
 
 @pytest.fixture
@@ -304,19 +306,36 @@ def test_without_the_compiled_part_the_reference_runs(rng, monkeypatch):
     assert (info["cuda"], info["missing"]) == (False, _ffi.MISSING)
 
 
-def test_an_old_driver_is_told_once(monkeypatch):
+@pytest.fixture
+def old_driver(monkeypatch):
+    """A GPU on this machine, whose driver is older than the toolkit of the build."""
+    problem = "driver 535 is too old for CUDA 13.0"
     _ffi._driver_problem.cache_clear()
     monkeypatch.setattr(_ffi, "TARGETS", ("jax_awq.awq_gemm",))
-    monkeypatch.setattr(
-        _ffi,
-        "_ext",
-        types.SimpleNamespace(driver_problem=lambda: "driver 535 is too old for CUDA 13.0"),
-    )
-    with pytest.warns(UserWarning, match=r"^jax_awq: driver 535 .*; the plain JAX reference runs"):
-        assert _ffi.unavailable(on_device=True) == "driver 535 is too old for CUDA 13.0"
+    monkeypatch.setattr(_ffi, "_ext", types.SimpleNamespace(driver_problem=lambda: problem))
+    monkeypatch.setattr(_plan, "_DEFAULT_TARGET", _plan._DEFAULT_TARGET._replace(local=True))
+    yield problem
+    _ffi._driver_problem.cache_clear()
+
+
+def test_an_old_driver_is_told_once(old_driver):
+    with pytest.warns(UserWarning, match=rf"^jax_awq: {old_driver}; the plain JAX reference runs"):
+        assert _ffi.unavailable(on_device=True) == old_driver
     assert _ffi.unavailable(on_device=True)  # a second warning would be an error here
     assert not _ffi.unavailable(on_device=False)
-    _ffi._driver_problem.cache_clear()
+
+
+@pytest.mark.parametrize("case", OF_OPS.values(), ids=OF_OPS.keys())
+def test_with_an_old_driver_the_reference_runs(case, old_driver):
+    with pytest.warns(UserWarning, match=old_driver):
+        assert not custom_calls(lowered(case.fn, *case.operands))
+
+
+def test_the_plan_tells_of_an_old_driver(rng, old_driver):
+    p = random_problem(rng, 5, K, N, group_size=32)
+    with pytest.warns(UserWarning, match=old_driver):
+        found = plan("awq_gemm", p.x, p.weight, device="sm_90")
+    assert (found.route, found.reason) == ("reference", old_driver)
 
 
 def test_a_build_without_kernels_still_lowers_for_elsewhere(monkeypatch):
