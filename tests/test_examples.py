@@ -115,7 +115,8 @@ def test_llama_mlp_can_fail(tmp_path, linear, mistake, exceeded):
     assert done.returncode == 1, done.stdout + done.stderr
     errors = llama_errors(done.stdout)
     for dtype, what in itertools.product(TOLERANCE, exceeded):
-        assert errors[dtype, what] > 3 * TOLERANCE[dtype], (dtype, what)
+        least = 3 if what == linear else 1.5
+        assert errors[dtype, what] > least * TOLERANCE[dtype], (dtype, what)
     assert "EXCEEDED" in done.stdout
 
 
