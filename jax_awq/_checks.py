@@ -18,11 +18,22 @@ def check_shape(op: str, name: str, array: Any, want: tuple[int, ...]) -> None:
         raise ValueError(f"{op}: {name} must have shape {tuple(want)}, got {tuple(array.shape)}")
 
 
-def check_dtype(op: str, name: str, array: Any, *want: str) -> None:
+def check_array(op: str, name: str, array: Any) -> None:
     if not hasattr(array, "dtype"):
         raise TypeError(f"{op}: {name} must be an array, got {type(array).__name__}")
+
+
+def check_dtype(op: str, name: str, array: Any, *want: str) -> None:
+    check_array(op, name, array)
     if str(array.dtype) not in want:
         raise TypeError(f"{op}: {name} must be {' or '.join(want)}, got {array.dtype}")
+
+
+def read_scale(value: Any) -> Any:
+    """A number of Python is float64 where JAX has that, and is meant as float32."""
+    if getattr(value, "weak_type", False) and value.dtype == jnp.float64:
+        return value.astype(jnp.float32)
+    return value
 
 
 def read_dtype(op: str, dtype: Any, name: str = "dtype") -> np.dtype:
@@ -41,9 +52,11 @@ def read_out_dtype(op: str, dtype: Any, *want: str, name: str = "out_dtype") -> 
     return found
 
 
-def check_integer(op: str, name: str, value: Any) -> None:
+def read_integer(op: str, name: str, value: Any) -> int:
+    """A Python int, which is what parameters of primitives have to be."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be an integer, got {value!r}")
+    return int(value)
 
 
 def check_static(op: str, **values: Any) -> None:
@@ -88,12 +101,14 @@ def check_weight(
 
 def _group_size(op, k, n, scales, layout, group_size) -> int:
     if group_size is not None:
-        check_integer(op, "group_size", group_size)
+        group_size = read_integer(op, "group_size", group_size)
     if group_size is None:
         if layout == "gemv":
             raise ValueError(
                 f"{op}: layout 'gemv' needs group_size: its padded scales do not tell it"
             )
+        if k == 0:
+            raise ValueError(f"{op}: K must be 1 or more, got 0")
         groups, columns = scales.shape[-2:]
         if columns != n:
             raise ValueError(

@@ -1,7 +1,6 @@
 """`plan`: what an op would run for given shapes on a given device, without running it."""
 
 import dataclasses
-import functools
 import importlib
 import re
 from collections.abc import Iterator, Mapping
@@ -83,11 +82,27 @@ def plan(op: str, *args: Any, device: jax.Device | str | None = None, **kwargs: 
         raise ValueError(f"plan: op must be one of {sorted(OPS)}, got {op!r}")
     device = jax.devices()[0] if device is None else device
     public = getattr(importlib.import_module(f"jax_awq.ops.{op}"), op)
-    static = {k: v for k, v in kwargs.items() if isinstance(v, np.dtype) or not hasattr(v, "shape")}
-    arrays = {k: v for k, v in kwargs.items() if k not in static}
-    jaxpr = jax.make_jaxpr(functools.partial(public, **static))(*args, **arrays)
+    # Positional ones under their number.
+    given = {**{str(i): arg for i, arg in enumerate(args)}, **kwargs}
+    arrays = {name: value for name, value in given.items() if _is_traced(value)}
+
+    def call(arrays: dict[str, Any]) -> Any:
+        values = {**given, **arrays}
+        positional = [values.pop(str(i)) for i in range(len(args))]
+        return public(*positional, **values)
+
+    jaxpr = jax.make_jaxpr(call)(arrays)
     eqn = next(_equations(jaxpr.jaxpr, f"jax_awq.{op}"))
     return OPS[op].plan(device, *(v.aval for v in eqn.invars), **eqn.params)
+
+
+def _is_traced(value: Any) -> bool:
+    """Whether an argument is of arrays; numbers and dtypes of numpy have shapes, too."""
+    leaves = jax.tree.leaves(value)
+    return bool(leaves) and all(
+        hasattr(leaf, "shape") and not isinstance(leaf, (type, np.dtype, np.integer))
+        for leaf in leaves
+    )
 
 
 def _equations(jaxpr: Any, name: str) -> Iterator[Any]:
@@ -106,10 +121,12 @@ def target_of(device: jax.Device | str | None) -> Target | None:
     if device is None:
         return _DEFAULT_TARGET
     if isinstance(device, str):
-        match = re.fullmatch(r"sm_(\d+)[af]?", device)
+        match = re.fullmatch(r"sm_(\d{2,3})[af]?", device)
         if match is None:
             raise ValueError(f"plan: device must look like 'sm_90', got {device!r}")
         return _DEFAULT_TARGET._replace(arch=int(match[1]))
+    if not isinstance(device, jax.Device):
+        raise ValueError(f"plan: device must be a jax.Device or look like 'sm_90', got {device!r}")
     if device.platform != "gpu" or "cuda" not in device.client.platform_version.lower():
         return None
     arch = int(str(device.compute_capability).replace(".", ""))

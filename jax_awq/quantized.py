@@ -193,20 +193,25 @@ class QuantizedLinear:
 
     def __call__(self, x: Any, *, out_dtype: Any = None) -> Array:
         """``(..., K)`` to ``(..., N)``, by default in the dtype of `x`."""
-        k, n = self.weight.shape
+        if self.weight.ndim != 2:
+            raise ValueError(
+                "QuantizedLinear: weight must have 2 dimensions to be called, got shape "
+                f"{self.weight.shape}: vmap or scan over stacked ones"
+            )
+        k, _ = self.weight.shape
+        x = jnp.asarray(x)
         if x.ndim == 0 or x.shape[-1] != k:
             raise ValueError(f"QuantizedLinear: x must have shape (..., {k}), got {x.shape}")
         qa = self.quantize_input(x)
         packed = isinstance(self.weight, Int4Weight)
         matmul: Any = getattr(jax_awq, "int4_matmul" if packed else "int8_matmul")
-        y = matmul(
-            qa.q.reshape(-1, qa.q.shape[-1]),
+        return matmul(
+            qa.q,
             self.weight.q,
-            qa.scale.reshape(-1) if self.input_scale is None else qa.scale,
+            qa.scale,
             self.weight.scale,
             bias=self.bias,
             activation=self.activation,
             **({"k": k} if packed else {}),
             out_dtype=x.dtype if out_dtype is None else out_dtype,
         )
-        return y.reshape(*x.shape[:-1], n)

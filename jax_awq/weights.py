@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, export
 from jax.tree_util import GetAttrKey, register_pytree_with_keys_class
 
-from jax_awq._checks import check_choice, check_dtype, check_shape, check_weight
+from jax_awq._checks import check_array, check_choice, check_dtype, check_shape, check_weight
 from jax_awq._packing import LAYOUTS, decode, encode, weight_size
 from jax_awq.ops.awq_dequantize import awq_dequantize
 from jax_awq.ops.awq_gemm import awq_gemm
@@ -165,9 +165,11 @@ class PermutedWeight:
 
     def permute_inputs(self, x: Any) -> Array:
         """``x[..., perm]``, of shape ``(..., K)`` like `x`, or ``(E, ..., K)`` for (E, K, N)."""
-        k = self.shape[-2]
-        if x.ndim == 0 or x.shape[-1] != k:
-            raise ValueError(f"PermutedWeight: x must have shape (..., {k}), got {x.shape}")
+        *batch, k, _ = self.shape
+        check_array("PermutedWeight", "x", x)
+        if x.ndim <= len(batch) or (*x.shape[: len(batch)], x.shape[-1]) != (*batch, k):
+            want = ", ".join(map(str, (*batch, "...", k)))
+            raise ValueError(f"PermutedWeight: x must have shape ({want}), got {x.shape}")
         if len(self.perm.shape) == 1:
             return jnp.take(x, self.perm, axis=-1)
         perm = jnp.expand_dims(self.perm, range(1, x.ndim - 1))

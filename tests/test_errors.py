@@ -58,6 +58,11 @@ WEIGHT_ERRORS = [
         ValueError,
         "layout must be one of ('gemm', 'gemv', 'oc_major'), got 'marlin'",
     ),
+    (
+        {"qweight": ONES((0, 2), np.int32)},
+        ValueError,
+        "K must be 1 or more, got 0",
+    ),
     ({"group_size": "32"}, TypeError, "group_size must be an integer, got '32'"),
     ({"group_size": 32.0}, TypeError, "group_size must be an integer, got 32.0"),
     ({"group_size": [32]}, TypeError, "group_size must be a plain value, got [32]"),

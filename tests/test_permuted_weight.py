@@ -107,5 +107,11 @@ def test_errors(rng):
         PermutedWeight(np.zeros((K, N)), weight.perm)
     with pytest.raises(ValueError, match=r"^PermutedWeight: x must have shape \(\.\.\., 64\), got"):
         awq_gemm(np.ones((2, 32), np.float32), weight)
+    with pytest.raises(TypeError, match=r"^PermutedWeight: x must be an array, got list"):
+        awq_gemm([1.0] * 64, weight)
+    stacked = jax.tree.map(lambda a: jnp.stack([a, a]), weight)
+    for shape in ((1, 3, 64), (3, 64), (64,)):
+        with pytest.raises(ValueError, match=r"x must have shape \(2, \.\.\., 64\), got"):
+            awq_gemm(np.ones(shape, np.float32), stacked)
     with pytest.raises(ValueError, match="brings its own scales"):
         awq_gemm(np.ones((2, K), np.float32), weight, weight.weight.scales)

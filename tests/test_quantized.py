@@ -130,6 +130,12 @@ def test_linear(rng, bits, given):
         assert (y.shape, y.dtype) == ((2, 3, 16), np.float16)
         np.testing.assert_allclose(np.asarray(y, np.float64), exact, rtol=2e-3, atol=2e-3)
     assert linear(x, out_dtype=jnp.float32).dtype == np.float32
+    assert linear(x.astype(np.float64)).dtype == np.float32  # what JAX makes of it
+    stacked = jax.tree.map(lambda a: jnp.stack([a, a]), linear)
+    y = jax.vmap(lambda layer: layer(x))(stacked)
+    np.testing.assert_array_equal(y, jnp.stack([linear(x)] * 2))
+    with pytest.raises(ValueError, match="weight must have 2 dimensions to be called, got shape"):
+        stacked(x)
 
 
 @pytest.fixture

@@ -10,7 +10,14 @@ from jax import Array
 from jax.extend.core import Primitive
 
 from jax_awq._batching import fold_batch, scale_of_rows
-from jax_awq._checks import FLOATS, check_choice, check_dtype, check_shape, read_out_dtype
+from jax_awq._checks import (
+    FLOATS,
+    check_choice,
+    check_dtype,
+    check_shape,
+    read_out_dtype,
+    read_scale,
+)
 from jax_awq._primitive import OpDef, Sharding, apply_explicit, bind_varying, define_primitive
 from jax_awq.ops import _int8_matmul_call as call
 from jax_awq.ops._epilogue import ACTIVATIONS
@@ -66,6 +73,7 @@ def matmul(
         operands.append(array)
         given.append((name, kind))
 
+    scale_a, scale_b, scale_c = map(read_scale, (scale_a, scale_b, scale_c))
     if scale_a is not None:
         check_dtype(op, "scale_a", scale_a, "float32")
         if scale_a.ndim == 0:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend.core import Primitive
 
-from jax_awq._checks import FLOATS, check_choice, check_dtype, check_shape, check_static
+from jax_awq._checks import FLOATS, check_choice, check_dtype, check_shape, check_static, read_scale
 from jax_awq._primitive import apply_explicit, bind_varying
 from jax_awq.ops import _activation, _weight
 from jax_awq.ops import _w4a8_call as call
@@ -163,6 +163,7 @@ def _scale_of_tensor(op, x, scale, codes, granularity) -> Array | None:
     if scale is None:
         # XLA's own reduction, which also knows how to reduce over devices.
         return call.scale_of(_activation.absmax_of(lax.stop_gradient(x)), codes)
+    scale = read_scale(scale)
     check_dtype(op, "scale", scale, *FLOATS)
     check_shape(op, "scale", scale, ())
     return lax.stop_gradient(scale.astype(jnp.float32))

@@ -136,8 +136,10 @@ def grouped(array: Array, groups: int) -> Array:
 
 def dequantize(qweight, scales, qzeros, *, layout, dtype) -> Array:
     codes = code_minus_zero(qweight, qzeros, layout=layout)
-    groups = scales.shape[-2]
-    codes = codes.reshape(*codes.shape[:-3], groups, -1, codes.shape[-1])
+    codes = grouped(
+        codes.reshape(*codes.shape[:-3], codes.shape[-3] * codes.shape[-2], codes.shape[-1]),
+        scales.shape[-2],
+    )
     # q - z has 5 bits, so its float32 product with a 16-bit scale is exact: one rounding follows.
     weight = (codes * scales[..., None, :].astype(jnp.float32)).astype(dtype)
     return weight.reshape(*weight.shape[:-3], weight.shape[-3] * weight.shape[-2], weight.shape[-1])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jax_awq._batching import fold_batch, fold_rows
-from jax_awq._checks import FLOATS, check_choice, check_integer, check_static
+from jax_awq._checks import FLOATS, check_choice, check_static, read_integer
 from jax_awq._primitive import OpDef, Sharding, apply_explicit, bind_varying, define_primitive
 from jax_awq.ops import _awq_gemm_call as call
 from jax_awq.ops import _weight
@@ -46,7 +46,8 @@ def awq_gemm(
 
     Each weight is rounded to the dtype of `x` at most once (the kernels for few rows scale float32
     sums instead); sums, bias and activation are float32, and the result is rounded once.
-    Differentiable in `x`, `scales` and `bias`.
+    Differentiable in `x`, `scales` and `bias`; for the gradient in `x` that of the result is
+    rounded to the dtype of `x`, whatever `out_dtype` is.
 
     Args:
       x: ``(..., K)`` float16, bfloat16 or float32, activations.
@@ -140,7 +141,7 @@ def _awq_gemm(
         x_dtypes=FLOATS,
     )
     if split_k_iters is not None:
-        check_integer("awq_gemm", "split_k_iters", split_k_iters)
+        split_k_iters = read_integer("awq_gemm", "split_k_iters", split_k_iters)
         if split_k_iters < 1:
             raise ValueError(f"awq_gemm: split_k_iters must be 1 or more, got {split_k_iters}")
     check_choice("awq_gemm", "deterministic", deterministic, _DETERMINISTIC)
@@ -195,9 +196,10 @@ def _jvp(bind, primals, tangents, **params):
 
 def _transpose(bind, cotangents, operands, index, **params):
     x, qweight, scales, qzeros, _ = call.operands_of(operands, **params)
-    # The kernels take 16-bit operands, so the cotangent goes in with the dtype of x.
-    ct = cotangents[0].astype(x.dtype)
+    ct = cotangents[0]
     if index == 0:
+        # The kernels take 16-bit operands, so the cotangent goes in with the dtype of x.
+        ct = ct.astype(x.dtype)
         zeros = () if qzeros is None else (qzeros,)
         shared = len(x.shape) < ct.ndim
         (dx,) = bind(
@@ -213,6 +215,7 @@ def _transpose(bind, cotangents, operands, index, **params):
             },
         )
         return _weight.sum_batch(dx, x)
+    x = x.astype(ct.dtype)
     left, right = (ct, x) if params["transpose"] else (x, ct)
     products = call.dot(
         left.swapaxes(-1, -2), right, None, activation="none", out_dtype=jnp.float32

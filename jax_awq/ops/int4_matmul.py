@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jax_awq._checks import check_integer, check_static
+from jax_awq._checks import check_static, read_integer
 from jax_awq.ops import _int8_matmul as shared
 from jax_awq.ops._weight import forced_variant
 
@@ -75,7 +75,7 @@ def _int4_matmul(a, b, *rest, k, activation, out_dtype, variant):
     shared.check_operands("int4_matmul", a, b, ("a_packed", "b_packed"), "int8", "uint8")
     size = b.shape[-2]
     if k is not None:
-        check_integer("int4_matmul", "k", k)
+        k = read_integer("int4_matmul", "k", k)
     k = 2 * size if k is None else k
     if (k + 1) // 2 != size:
         raise ValueError(f"int4_matmul: k must be {2 * size - 1} or {2 * size}, got {k}")

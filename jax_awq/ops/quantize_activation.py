@@ -13,9 +13,10 @@ from jax_awq._checks import (
     FLOATS,
     check_choice,
     check_dtype,
-    check_integer,
     check_shape,
     check_static,
+    read_integer,
+    read_scale,
 )
 from jax_awq._plan import kernel_plan, reference_plan, target_of, why_reference
 from jax_awq._primitive import OpDef, Sharding, apply_explicit, bind_varying, define_primitive
@@ -91,13 +92,14 @@ def _quantize_activation(x, scale, *, bits, granularity, group_size, variant):
     if granularity == "channel" and scale is None:
         raise ValueError(f"{op}: granularity 'channel' needs scale, got None")
     if group_size is not None:
-        check_integer(op, "group_size", group_size)
+        group_size = read_integer(op, "group_size", group_size)
     groups = 0 if group_size is None else k if group_size == -1 else group_size
     if group_size is not None and (groups < 1 or k % groups):
         raise ValueError(f"{op}: group_size must be -1 or a divisor of K={k}, got {group_size}")
     if granularity == "tensor" and scale is None:
         # XLA's own reduction, which also knows how to reduce over devices.
         scale = _activation.scale_of(_activation.absmax_of(lax.stop_gradient(x)), bits)
+    scale = read_scale(scale)
     if scale is not None:
         check_dtype(op, "scale", scale, *FLOATS)
         check_shape(op, "scale", scale, (k,) if granularity == "channel" else ())

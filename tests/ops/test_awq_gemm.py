@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jax_awq import AWQWeight, awq_gemm, plan
+from jax_awq import AWQWeight, awq_gemm, plan, quantize_activation
 from jax_awq.testing import (
     Problem,
     assert_close_to_float64,
@@ -200,7 +200,50 @@ def _run(problem):
     return problem.run(), problem
 
 
-def test_plan_takes_a_numpy_dtype(rng):
+@pytest.mark.parametrize("dtype", [np.dtype("float32"), np.float32, jnp.float32])
+def test_plan_takes_what_the_op_takes(rng, dtype):
     p = random_problem(rng, 3, 64, 64, group_size=32)
-    found = plan("awq_gemm", p.x, p.weight, out_dtype=np.dtype("float32"))
-    assert found == plan("awq_gemm", p.x, p.weight, out_dtype="float32")
+    given = {"out_dtype": dtype, "split_k_iters": np.int64(2)}
+    wanted = {"out_dtype": "float32", "split_k_iters": 2}
+    for device in ("sm_90", None):
+        found = plan("awq_gemm", p.x, p.weight, device=device, **given)
+        assert found == plan("awq_gemm", p.x, p.weight, device=device, **wanted)
+    codes = quantize_activation(p.x)
+    assert plan("dequantize_activation", codes, dtype) == plan("dequantize_activation", codes)
+
+
+def test_integers_of_numpy(rng):
+    p = random_problem(rng, 3, 64, 16, group_size=32)
+    weight = AWQWeight(*jax.tree.leaves(p.weight), group_size=np.int64(32))
+    assert type(weight.group_size) is int
+    given = {"group_size": np.int64(32), "split_k_iters": np.int32(2)}
+    y = awq_gemm(p.x, *jax.tree.leaves(p.weight), **given)
+    np.testing.assert_array_equal(y, awq_gemm(p.x, weight, split_k_iters=2))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_experts(rng, layout):
+    weight = random_weight(rng, 64, 16, group_size=32, layout=layout, batch=(3,))
+    none = jax.tree.map(lambda a: a[:0], weight)
+    assert (np.zeros((0, 5, 64), np.float16) @ none).shape == (0, 5, 16)
+    assert none.dequantize().shape == (0, 64, 16)
+
+
+def test_no_outputs():
+    weight = AWQWeight(np.zeros((64, 0), np.int32), np.ones((2, 0), np.float16))
+    assert (np.zeros((5, 64), np.float16) @ weight).shape == (5, 0)
+
+
+@pytest.mark.parametrize("factor", [1e-9, 1e6])
+def test_gradient_of_scales_has_the_range_of_the_result(rng, factor):
+    """float16 would have none of the first, and infinities of the second."""
+    p = random_problem(rng, 4, 256, 16, group_size=32)
+    qweight, scales, qzeros = jax.tree.leaves(p.weight)
+    scales = scales.astype(np.float32)
+
+    def loss(s):
+        return (awq_gemm(p.x, qweight, s, qzeros, out_dtype=jnp.float32) * factor).sum()
+
+    codes = dequantize_float64(AWQWeight(qweight, np.ones_like(scales), qzeros))
+    sums = (p.x.astype(np.float64).sum(0)[:, None] * codes).reshape(8, 32, 16).sum(1)
+    np.testing.assert_allclose(jax.grad(loss)(scales), factor * sums, rtol=1e-5, atol=1e-3 * factor)

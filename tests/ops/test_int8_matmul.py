@@ -292,6 +292,15 @@ def test_errors(bits, change, error, text):
     assert str(caught.value) == f"{op.__name__}: {text}"
 
 
+def test_numbers_are_float32_in_64_bits():
+    a, b = ONES((3, 16), np.int8), ONES((16, 8), np.int8)
+    want = int8_matmul(a, b, 0.5, 0.25, scale_c=2.0)
+    with jax.enable_x64(True):
+        got = int8_matmul(a, b, 0.5, 0.25, scale_c=2.0)
+    assert got.dtype == want.dtype
+    np.testing.assert_array_equal(got, want)
+
+
 def test_k_must_fit_the_bytes():
     with pytest.raises(TypeError, match=r"^int4_matmul: k must be an integer, got 31.0"):
         int4_matmul(ONES((3, 16), np.int8), ONES((16, 8), np.int8), k=31.0)
