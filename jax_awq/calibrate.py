@@ -50,6 +50,8 @@ class ActivationRange:
     def update(self, x: Any) -> "ActivationRange":
         """With the activations `x`, ``(..., K)`` float."""
         check_dtype("ActivationRange.update", "x", x, *FLOATS)
+        if x.ndim and x.shape[-1] == 0:
+            raise ValueError(f"ActivationRange.update: K must be positive, got shape {x.shape}")
         if x.ndim == 0 or (self.absmax.ndim and x.shape[-1] != self.absmax.shape[0]):
             want = self.absmax.shape[0] if self.absmax.ndim else "K"
             raise ValueError(
@@ -136,8 +138,9 @@ def calibrate_activation(
       float32 scales, ``(K,)`` or ``()``, in the structure of a batch.
 
     Raises:
-      ValueError: there is no batch, batches disagree about structure or K, have no token or have
-        NaN or infinity, or an argument is none of these.
+      ValueError: there is no batch, batches disagree about structure, have no token, no channel or
+        NaN or infinity, or an argument is none of these. With granularity "channel", batches
+        disagree about K; for a single scale they may.
       TypeError: a batch is not float.
     """
     op = "calibrate_activation"
@@ -175,6 +178,8 @@ _update = jax.jit(ActivationRange.update)
 def _empty(op: str, x: Any, method: str, granularity: str) -> ActivationRange:
     if jnp.ndim(x) == 0:
         raise ValueError(f"{op}: a batch must have shape (..., K), got ()")
+    if jnp.shape(x)[-1] == 0:
+        raise ValueError(f"{op}: K must be positive, got a batch of shape {jnp.shape(x)}")
     return ActivationRange.empty(
         jnp.shape(x)[-1] if granularity == "channel" else None,
         percentiles=method == "percentile",

@@ -121,6 +121,10 @@ def nearest(scale, scales):
 def test_output_without_batches(rng):
     weight = rng.standard_normal((K, N)).astype(np.float32)
     statistics = collect_statistics([outliers(rng, TOKENS)])
+    with pytest.raises(
+        ValueError, match="search_scale: the error of some candidate must be finite"
+    ):
+        search_scale([jnp.full((K, N), 1e9)], statistics, group_size=GROUP)
     with pytest.raises(ValueError, match="search_scale: output needs batches, got none"):
         search_scale([weight], statistics, output=lambda w, x: x @ w)
 

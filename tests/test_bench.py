@@ -194,10 +194,29 @@ def test_merge_replaces_and_sorts():
     assert report.merge([ROW | {"M": 8}, ROW], [new]) == [new, ROW | {"M": 8}]
 
 
-def test_shapes_are_checked(capsys):
-    with pytest.raises(SystemExit):
-        main(["awq_gemm", "--shapes", "256"])
-    assert "'256' is neither KxN nor one of" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("command", "text"),
+    [
+        ("awq_gemm --shapes 256", "--shapes: '256' is neither KxN nor one of"),
+        ("awq_gemm --shapes 0x64", "--shapes: K must be positive and N a positive multiple of 8"),
+        ("awq_gemm --shapes 64x7", "--shapes: K must be positive and N a positive multiple of 8"),
+        ("quantize_activation --shapes 0", "--shapes: must be an integer of 1 or more, got '0'"),
+        ("awq_gemm --group-size 0", "--group-size: must be -1 or an integer of 1 or more, got '0'"),
+        ("awq_gemm --shapes 192x64", "--group-size: must divide K=192, got 128"),
+        ("decode --small --group-size 96", "--group-size: must divide K=256, got 96"),
+        ("generate --group-size -1", "--group-size: must be an integer of 1 or more, got '-1'"),
+        ("awq_gemm --repeats 0", "--repeats: must be an integer of 1 or more, got '0'"),
+        ("awq_gemm --m 1 -1", "--m: must be an integer of 1 or more, got '-1'"),
+        ("awq_gemm --m 0", "--m: must be an integer of 1 or more, got '0'"),
+        ("awq_gemm --min-weight-mb nan", "--min-weight-mb: must be a number of 0 or more"),
+        ("awq_gemm --min-weight-mb -1", "--min-weight-mb: must be a number of 0 or more"),
+    ],
+)
+def test_arguments_are_checked(capsys, command, text):
+    with pytest.raises(SystemExit) as caught:
+        main(command.split())
+    assert caught.value.code == 2
+    assert f"argument {text}" in capsys.readouterr().err
 
 
 def test_problems():
@@ -297,11 +316,46 @@ def test_plot_of_the_committed_results(tmp_path):
         assert word in (results / "nvidia_h200/efficiency.svg").read_text() or word == "a note"
 
 
-def test_plot_of_what_was_timed_nobody_knows_where(tmp_path):
+def test_plot_of_what_was_timed_nobody_knows_where(tmp_path, capsys):
     file = tmp_path / "a.json"
     file.write_text('{"device": "cpu", "rows": []}')
-    with pytest.raises(SystemExit, match=r'a\.json has no "ceilings"'):
+    with pytest.raises(SystemExit, match="2"):
         main(["plot", str(file), "--out", str(tmp_path / "a.svg")])
+    assert 'a.json has no "ceilings"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["table", "plot", "merge"])
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (None, "a.json cannot be read: No such file"),
+        ("not JSON", "a.json is not JSON: "),
+        ("{}", 'a.json must be a JSON object with a list of objects in "rows"'),
+        ("[]", "a.json must be a JSON object"),
+        ('{"rows": [3]}', "a.json must be a JSON object"),
+        ('{"rows": [{}], "ceilings": {"read_bytes_per_second": 1.0}}', 'row 0 must have "op"'),
+        ('{"rows": [{"op": "decode"}]}', "row 0 must have \"impl\", got ['op']"),
+    ],
+)
+def test_files_that_are_no_results(tmp_path, capsys, command, content, text):
+    file = tmp_path / "a.json"
+    if content is not None:
+        file.write_text(content)
+    elif command == "merge":
+        pytest.skip("the first run of many")
+    arguments = {
+        "table": ["table", str(file)],
+        "plot": ["plot", str(file), "--out", str(tmp_path / "a.svg")],
+        "merge": ["awq_gemm", *OPTIONS, str(file), "--m", "1", "--merge"],
+    }
+    with pytest.raises(SystemExit) as caught:
+        main(arguments[command])
+    assert caught.value.code == 2
+    told = capsys.readouterr().err
+    if content is not None and "rows" in content and text not in told:
+        # Two commands ask first for what describes the whole file.
+        text = {"plot": 'has no "ceilings"', "merge": 'has no "device"'}[command]
+    assert text in told
 
 
 def test_quantize_activation(tmp_path):

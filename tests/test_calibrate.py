@@ -87,6 +87,11 @@ def test_a_scan_and_a_merge_are_the_loop(rng):
     )
 
 
+def test_a_single_scale_may_be_of_several_widths():
+    batches = [np.ones((4, 8), np.float32), np.full((4, 16), 2, np.float32)]
+    assert calibrate_activation(batches, granularity="tensor") == 2 * INVERSE
+
+
 def test_trees(rng):
     batches = [{"up": jnp.ones((2, 3)), "down": [jnp.full((2, 5), 2.0)]} for _ in range(2)]
     scales = calibrate_activation(iter(batches))
@@ -124,6 +129,12 @@ def test_trees(rng):
             "percentile must be in (0, 100], got 0",
         ),
         ([np.float32(1)], {}, ValueError, "a batch must have shape (..., K), got ()"),
+        (
+            [np.ones((4, 0), np.float32)],
+            {},
+            ValueError,
+            "K must be positive, got a batch of shape (4, 0)",
+        ),
     ],
 )
 def test_errors(batches, options, error, text):
@@ -136,6 +147,8 @@ def test_errors_of_batches():
     ones = np.ones((1, 2), np.float32)
     with pytest.raises(ValueError, match=r"x must have shape \(..., 2\), got \(1, 3\)"):
         calibrate_activation([ones, np.ones((1, 3), np.float32)])
+    with pytest.raises(ValueError, match=r"update: K must be positive, got shape \(1, 0\)"):
+        calibrate_activation([ones, np.ones((1, 0), np.float32)], granularity="tensor")
     with pytest.raises(TypeError, match="x must be float16 or bfloat16 or float32, got int32"):
         calibrate_activation([np.ones((1, 2), np.int32)])
     with pytest.raises(ValueError, match="batches must have the structure"):

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from checkpoints import CONFIG, LINEAR, linear, write
@@ -117,6 +118,52 @@ def test_defect_of_a_tensor(tmp_path, defect):
         jax_awq.load_hf(write(tmp_path, tensors))
     assert f"{LINEAR}.{part}".rstrip(".") in str(caught.value)
     assert str(tmp_path / "model.safetensors") in str(caught.value)
+
+
+def with_value(value):
+    def edit(array):
+        array[1, 3] = value
+        return array
+
+    return edit
+
+
+# Defects of values, which are found when they are read
+
+VALUES = {
+    "nan_scale": (change("scales", with_value(np.nan)), f"{LINEAR}.scales", "finite scales"),
+    "infinite_scale": (change("scales", with_value(np.inf)), f"{LINEAR}.scales", "finite scales"),
+    "i64": (put("a", np.array([1, 2**40 + 5])), "a", "must have values of int32 .* 1099511627781"),
+    "low_i64": (put("a", np.array([-(2**31) - 1])), "a", "must have .* got -2147483649"),
+    "u64": (put("a", np.array([2**32], np.uint64)), "a", "must have values of uint32 .*4294967296"),
+}
+
+
+@pytest.mark.parametrize("defect", VALUES)
+def test_defect_of_values(tmp_path, defect):
+    edit, name, text = VALUES[defect]
+    tensors = linear()
+    edit(tensors)
+    with pytest.raises(ValueError, match=text) as caught:
+        jax_awq.load_hf(write(tmp_path, tensors))
+    assert f"load_hf: tensor {name} in {tmp_path / 'model.safetensors'}" in str(caught.value)
+
+
+def test_64_bit_integers_that_fit_are_loaded(tmp_path):
+    tensors = {"a": np.array([-(2**31), 2**31 - 1]), "b": np.array([2**32 - 1], np.uint64)}
+    loaded = jax_awq.load_hf(write(tmp_path, linear() | tensors))
+    for name, array in tensors.items():
+        assert loaded[name].tolist() == array.tolist()
+    tensors["a"][0] = 2**40
+    with jax.enable_x64(True):
+        assert jax_awq.load_hf(write(tmp_path, linear() | tensors))["a"].tolist()[0] == 2**40
+
+
+def test_dtype_that_is_not_read(tmp_path):
+    file = write(tmp_path, linear() | {"a": np.zeros(4, np.int8)}) / "model.safetensors"
+    file.write_bytes(file.read_bytes().replace(b'"I8","shape":[4]', b'"F4","shape":[8]'))
+    with pytest.raises(ValueError, match=rf"load_hf: tensor a in {file} must be BOOL.*, got F4"):
+        jax_awq.load_hf(tmp_path)
 
 
 def test_size_that_no_op_takes(tmp_path):

@@ -283,3 +283,57 @@ def test_blocks_of_a_decoder_are_the_default_and_calibration_may_be_a_dict(param
     )
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+NORM = "model.layers.0.post_attention_layernorm"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        (f"{MLP}.up_proj.weight", np.nan, f"{MLP}.up_proj.weight must be finite, got NaN or inf"),
+        (f"{MLP}.gate_proj.weight", np.inf, f"{MLP}.gate_proj.weight must be finite, got NaN"),
+        (f"{NORM}.weight", np.nan, f"{NORM}.weight must be finite, got NaN"),
+        (
+            f"{MLP}.up_proj.weight",
+            1e9,
+            f"{MLP}.up_proj.weight must have groups whose scale is finite in float16, got values",
+        ),
+    ],
+)
+@pytest.mark.parametrize("searched", [True, False])
+def test_weights_that_no_code_is_near(params, x, name, value, text, searched):
+    inputs = inputs_of(params, x)
+    array = np.array(params[name])
+    array.flat[3] = value
+    if name.startswith(NORM) and not searched:
+        pytest.skip("stays as it is")
+    block = Block((f"{MLP}.gate_proj", f"{MLP}.up_proj"), NORM if searched else None)
+    with pytest.raises(ValueError, match=f"^quantize: {text}"):
+        quantize(params | {name: array}, inputs, [block], group_size=GROUP)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
+@pytest.mark.parametrize("previous", [NORM, None])
+def test_inputs_that_are_not_finite(params, x, value, previous):
+    path = f"{MLP}.up_proj"
+    with pytest.raises(ValueError, match=f"^quantize: inputs of {path}, and .* must be finite"):
+        quantize(
+            params, {path: [x.at[0, 0, 0].set(value)]}, [Block((path,), previous)], group_size=GROUP
+        )
+
+
+@pytest.mark.parametrize("content", [b"", b"half of it", b'\x02\0\0\0\0\0\0\0{"'])
+def test_damaged_state(params, x, tmp_path, content):
+    blocks = decoder_blocks(params)[:1]
+    quantize(params, inputs_of(params, x), blocks, group_size=GROUP, folder=tmp_path)
+    file = tmp_path / "00000.weights.safetensors"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^quantize: {file} is damaged: "):
+        quantize(params, inputs_of(params, x), blocks, group_size=GROUP, folder=tmp_path)
+
+
+def test_inputs_without_channels(params):
+    blocks = [Block((f"{MLP}.up_proj",))]
+    with pytest.raises(ValueError, match=r"must have shape \(..., K\), got \(3, 0\)"):
+        quantize(params, lambda block: [np.zeros((3, 0))], blocks, group_size=GROUP)

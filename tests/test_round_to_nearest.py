@@ -79,6 +79,15 @@ def test_error_is_half_a_step(rng, group_size, dtype):
         (np.zeros((128, 12), np.float16), {}, ValueError, "N=12 must be a multiple of 8"),
         (np.zeros(64, np.float16), {}, ValueError, r"weight must be \(..., K, N\), got \(64,\)"),
         (np.zeros((64, 8), np.float16), {}, ValueError, "group_size must be -1 or a divisor of"),
+        (np.zeros((0, 8), np.float16), {"group_size": -1}, ValueError, "K must be positive, got 0"),
+        (np.full((128, 8), np.nan, np.float16), {}, ValueError, "weight must be finite, got NaN"),
+        (np.full((128, 8), np.inf, np.float32), {}, ValueError, "weight must be finite, got NaN"),
+        (
+            np.linspace(-6e4, 6e4, 1024, dtype=np.float32).reshape(128, 8),
+            {},
+            ValueError,
+            r"weight must have groups whose scale is finite in float16, got values from -6e\+04 to",
+        ),
         (np.zeros((64, 8), np.float16), {"group_size": 0}, ValueError, "of K=64, got 0"),
         (np.zeros((64, 8), np.float16), {"dtype": np.int8}, TypeError, "dtype must be float16 or"),
     ],
@@ -86,3 +95,9 @@ def test_error_is_half_a_step(rng, group_size, dtype):
 def test_errors(weight, options, error, text):
     with pytest.raises(error, match=rf"round_to_nearest: .*{text}"):
         round_to_nearest(weight, **options)
+
+
+def test_values_of_a_tracer_are_not_looked_at():
+    bad = np.full((128, 8), np.nan, np.float32)
+    assert np.isnan(jax.jit(round_to_nearest)(bad).scales).all()
+    assert np.isnan(jax.jit(lambda: round_to_nearest(bad))().scales).all()

@@ -121,6 +121,25 @@ def test_conversion_of_every_format(tmp_path, name):
     np.testing.assert_array_equal(np.asarray(dense), made.dense())
 
 
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.array(3.5, np.float32),
+        np.float32(3.5),
+        np.array(3.5, jnp.bfloat16),
+        np.arange(6, dtype=jnp.float8_e4m3fn).reshape(2, 3),
+        np.ones((0, 3), jnp.float8_e5m2),
+        np.ones((2, 3), jnp.float8_e8m0fnu),
+        np.arange(6).reshape(2, 3).T,
+    ],
+)
+def test_other_tensors_keep_shape_and_dtype(tmp_path, rng, array):
+    jax_awq.save_hf(tmp_path / "a", {NAME: weight(rng), "a": array, "b": np.ones(3)}, CONFIG)
+    loaded = jax_awq.load_hf(tmp_path / "a")["a"]
+    assert (loaded.shape, loaded.dtype) == (array.shape, jnp.asarray(array).dtype)
+    np.testing.assert_array_equal(np.asarray(loaded), array)
+
+
 def test_one_group_has_two_names(tmp_path, rng):
     params = {"a": weight(rng, 128, group_size=-1), "b": weight(rng, 256, group_size=128)}
     jax_awq.save_hf(tmp_path / "a", params, CONFIG)
@@ -134,7 +153,11 @@ def test_linears_left_out_are_told(tmp_path, rng):
     dense = np.ones((8, 8), np.float16)
     names = ("model.layers.1.mlp.gate", "model.layers.0.a", "lm_head", "model.embed_tokens")
     params = {f"{name}.weight": dense for name in names}
-    params |= {NAME: weight(rng), "model.layers.0.norm.weight": dense[0], f"{NAME}.bias": dense[0]}
+    params |= {
+        NAME: weight(rng),
+        "model.layers.0.norm.weight": dense[0],
+        f"{NAME}.bias": np.ones(64, np.float16),
+    }
     jax_awq.save_hf(tmp_path / "a", params, CONFIG)
     written = json.loads((tmp_path / "a" / "config.json").read_text())["quantization_config"]
     assert written["modules_to_not_convert"] == ["model.layers.0.a", "model.layers.1.mlp.gate"]
@@ -227,6 +250,22 @@ def test_interrupted_replacement_does_not_load(tmp_path, rng, monkeypatch):
         ({f"{NAME}.scales": np.ones(3)}, ValueError,
          rf"tensor {NAME}.scales must come from one parameter, got {NAME} and {NAME}.scales"),
         ({"a": [1.0]}, TypeError, "a must be an AWQWeight or an array, got list"),
+        ({"a": jax.ShapeDtypeStruct((2,), np.float16)}, TypeError,
+         "a must be an AWQWeight or an array, got ShapeDtypeStruct"),
+        ({"a": jax_awq.Int8Weight(np.ones((8, 8), np.int8), np.ones(8, np.float32))}, TypeError,
+         "a must be an AWQWeight or an array, got Int8Weight"),
+        ({"a": np.ones(3, np.complex128)}, TypeError, "a must be bool or .*, got complex128"),
+        ({"a": np.array(["text"])}, TypeError, "a must be bool or .*, got <U4"),
+        ({"__metadata__": np.ones(3)}, ValueError, "__metadata__ must have another name"),
+        ({f"{NAME}.weight": np.ones(3)}, ValueError,
+         f"{NAME}.weight must have another name: beside the AWQWeight {NAME} there may only"),
+        ({f"{NAME}.foo": np.ones(3)}, ValueError, f"{NAME}.foo must have another name"),
+        ({f"{NAME}.bias": np.ones(3, np.float16)}, ValueError,
+         rf"{NAME}.bias must have shape \(64,\), got \(3,\)"),
+        ({f"{NAME}.bias": np.ones(64)}, TypeError, f"{NAME}.bias must be .*, got float64"),
+        ({"a.qweight": np.ones((8, 8), np.int32)}, ValueError,
+         "a.qweight must have other names: they are those of a quantized linear"),
+        ({"a.scales": np.ones((8, 8))}, ValueError, "a.scales must have other names"),
     ],
 )  # fmt: skip
 def test_refuses(tmp_path, rng, change, error, text):

@@ -13,12 +13,11 @@ python -m jax_awq.bench plot OUT.json [MORE.json ...] --out PLOT.svg
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from jax_awq.bench import decode, generate, plot, report
+from jax_awq.bench import arguments, decode, generate, plot, report
 from jax_awq.bench.impls import IMPLS, can_read
 from jax_awq.bench.run import read_rate, run
 from jax_awq.bench.timing import METHOD, MIN_WEIGHT_BYTES
@@ -26,25 +25,41 @@ from jax_awq.problems import BENCH_PROBLEMS, BENCH_ROWS, PROBLEMS, W4A8_ROWS, Pr
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
-    if args.command == "decode":
-        return decode.main(args)
-    if args.command == "generate":
-        return generate.main(args)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        return _run(parser, args)
+    except report.BadResult as error:
+        parser.error(str(error))
+
+
+def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    if args.command in ("decode", "generate"):
+        shape = decode.SMALL if args.small else decode.LLAMA_3_8B
+        widths = (shape.hidden_size, shape.intermediate_size, shape.num_heads * shape.head_dim)
+        arguments.check_group_size(parser, args.group_size, widths)
+        return (decode if args.command == "decode" else generate).main(args)
     if args.command == "plot":
         rows = [row for file in args.json for row in plot.read(file)]
         weights = [(shape.k, shape.n) for shape in args.shapes]
         plot.draw(rows, weights, args.dtype, args.out, args.note)
         return 0
     if args.command == "table":
-        rows = json.loads(args.json.read_text(encoding="utf-8"))["rows"]
+        rows = report.read(args.json)["rows"]
         of_models = {"decode": decode, "generate": generate}
-        if rows and rows[0]["op"] in of_models:
-            print(of_models[rows[0]["op"]].markdown(rows), end="")
+        of_model = of_models.get(rows[0].get("op")) if rows else None
+        if of_model is not None:
+            report.check_rows(args.json, rows, of_model.SHOWN)
+            print(of_model.markdown(rows), end="")
             return 0
+        report.check_rows(args.json, rows, report.COLUMNS)
+        if not args.overview:
+            ours = [row for row in rows if row["impl"] == "jax_awq"]
+            report.check_rows(args.json, ours, ("floor_us",))
         text = report.overview(rows, args.overview) if args.overview else report.markdown(rows)
         print(text, end="")
         return 0
+    arguments.check_group_size(parser, args.group_size, [shape.k for shape in args.shapes])
     top: dict[str, Any] = report.environment() | {
         "ceilings": {"read_bytes_per_second": read_rate()},
         "floor": "bytes of weight, x and y, each moved once, at read_bytes_per_second",
@@ -84,8 +99,13 @@ def _impls(op: str, wanted: list[str] | None) -> list[str]:
 
 def kept(file: Path, top: dict[str, Any]) -> list[report.Row]:
     """Rows of an earlier run that still tell of what `top` describes."""
-    old = json.loads(file.read_text(encoding="utf-8"))
-    for name in ("device", "driver", "jax", "jaxlib", "ceilings", "method"):
+    same = ("device", "driver", "jax", "jaxlib", "ceilings", "method")
+    old = report.read(file)
+    for name in (*same, "build_info"):
+        if name not in old:
+            raise report.BadResult(f'--merge: {file} has no "{name}"')
+    report.check_rows(file, old["rows"], report.COLUMNS)
+    for name in same:
         if old[name] != top[name]:
             raise SystemExit(f"--merge: {file} has {name} {old[name]!r}, here it is {top[name]!r}")
     if old["build_info"] == top["build_info"]:
@@ -107,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
         bench.add_argument(
             "--shapes",
             nargs="+",
-            type=_width if activations else _problem,
+            type=arguments.width if activations else arguments.problem,
             metavar="K" if activations else "KxN or model/linear",
             default=[Problem(k, 0) for k in (4096, 8192, 14336, 28672)]
             if activations
@@ -117,18 +137,22 @@ def _parser() -> argparse.ArgumentParser:
             bench.set_defaults(m=[0])
         else:
             rows = [1024, 4096, 16384] if activations else W4A8_ROWS if w4a8 else BENCH_ROWS
-            bench.add_argument("--m", nargs="+", type=int, default=rows, help="rows of x")
+            bench.add_argument(
+                "--m", nargs="+", type=arguments.positive, default=rows, help="rows of x"
+            )
         dtypes = ["float16", "bfloat16"]
         bench.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=dtypes)
         bench.add_argument("--impls", nargs="+", choices=list(impls), help="default: all")
         if op.startswith("awq"):
-            bench.add_argument("--group-size", type=int, default=128, help="-1: a single group")
+            bench.add_argument(
+                "--group-size", type=arguments.group_size, default=128, help="-1: a single group"
+            )
         else:
             bench.set_defaults(group_size=0 if activations else -1)  # none, or whole columns
-        bench.add_argument("--repeats", type=int, default=7)
+        bench.add_argument("--repeats", type=arguments.positive, default=7)
         bench.add_argument(
             "--min-weight-mb",
-            type=float,
+            type=arguments.megabytes,
             default=MIN_WEIGHT_BYTES / 1e6,
             help="what the distinct weights exceed together: the cache",
         )
@@ -160,27 +184,11 @@ def _parser() -> argparse.ArgumentParser:
     drawing.add_argument(
         "--shapes",
         nargs="+",
-        type=_problem,
+        type=arguments.problem,
         metavar="KxN or model/linear",
         default=[PROBLEMS[name] for name in BENCH_PROBLEMS[:4]],
     )
     return parser
-
-
-def _width(text: str) -> Problem:
-    return Problem(int(text), 0)
-
-
-def _problem(text: str) -> Problem:
-    if text in PROBLEMS:
-        return PROBLEMS[text]
-    try:
-        k, n = (int(size) for size in text.split("x"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is neither KxN nor one of {', '.join(PROBLEMS)}"
-        ) from None
-    return Problem(k, n)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 import jax_awq
-from jax_awq.bench import impls, report
+from jax_awq.bench import arguments, impls, report
 from jax_awq.models import decoder
 from jax_awq.models.attention import KVCache, make_cache
 from jax_awq.models.config import DecoderConfig
@@ -57,6 +57,10 @@ SMALL = dataclasses.replace(
 )
 IMPLS = ("jax_awq", "xla_dense")
 LAYERS = ("unrolled", "stacked")
+SHOWN = (  # what the table reads of a row
+    *("impl", "layers", "dtype", "batch", "us"),
+    *("tokens_per_second", "weight_bytes", "bound_fraction"),
+)
 
 
 def random_params(
@@ -207,15 +211,19 @@ def _time(params, config, batch, context, steps, repeats, stacked) -> tuple[floa
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--small", action="store_true", help="a decoder of two small layers")
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
+    parser.add_argument("--batches", nargs="+", type=arguments.positive, default=[1, 16])
     parser.add_argument("--impls", nargs="+", default=list(IMPLS), choices=IMPLS)
     parser.add_argument("--layers", nargs="+", default=list(LAYERS), choices=LAYERS)
     parser.add_argument("--dtypes", nargs="+", default=["float16"], choices=["float16", "bfloat16"])
-    parser.add_argument("--context", type=int, default=512, help="slots of the cache")
+    parser.add_argument(
+        "--context", type=arguments.positive, default=512, help="slots of the cache"
+    )
     parser.add_argument("--steps", type=int, default=64, help="steps of a repeat")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--group-size", type=int, default=128)
-    parser.add_argument("--bandwidth-mb", type=float, default=4000, help="array for the bandwidth")
+    parser.add_argument("--repeats", type=arguments.positive, default=5)
+    parser.add_argument("--group-size", type=arguments.group_size, default=128)
+    parser.add_argument(
+        "--bandwidth-mb", type=arguments.megabytes, default=4000, help="array for the bandwidth"
+    )
 
 
 def main(args: argparse.Namespace) -> int:

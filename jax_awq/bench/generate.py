@@ -22,7 +22,7 @@ import numpy as np
 
 import jax_awq
 from jax_awq import models
-from jax_awq.bench import decode, report, synthetic
+from jax_awq.bench import arguments, decode, report, synthetic
 from jax_awq.models.attention import make_cache
 from jax_awq.models.config import DecoderConfig
 from jax_awq.models.model import cache_slots, decode_program
@@ -175,15 +175,23 @@ def _bytes(tree: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
+# What the table reads of a row.
+SHOWN = ("dtype", "batch", "prompt", "prefill_us", "us", "tokens_per_second", "peak_bytes")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--small", action="store_true", help="a decoder of two small layers")
-    parser.add_argument("--num-layers", type=int, help="by default those of the decoder")
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
+    parser.add_argument(
+        "--num-layers", type=arguments.positive, help="by default those of the decoder"
+    )
+    parser.add_argument("--batches", nargs="+", type=arguments.positive, default=[1, 16])
     parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16"])
-    parser.add_argument("--prompt", type=int, default=384, help="tokens of the prompt")
+    parser.add_argument(
+        "--prompt", type=arguments.positive, default=384, help="tokens of the prompt"
+    )
     parser.add_argument("--new", type=int, default=128, help="tokens that are generated")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--repeats", type=arguments.positive, default=3)
+    parser.add_argument("--group-size", type=arguments.positive, default=128)
     parser.add_argument("--folder", type=Path, help="where a temporary folder is made for it")
 
 

@@ -1,10 +1,10 @@
 """A plot of benchmark results: how near to the limit of the machine, against M."""
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from jax_awq.bench import report
 from jax_awq.bench.impls import Case
 from jax_awq.bench.run import FLOPS_PER_SECOND
 
@@ -23,9 +23,12 @@ STYLES: dict[str, dict[str, Any]] = {
 
 def read(file: Path) -> list[Row]:
     """The rows of a result, each with the rate of memory where it was timed."""
-    result = json.loads(file.read_text("utf-8"))
-    if "ceilings" not in result:
-        raise SystemExit(f'plot: {file} has no "ceilings", the rate of memory where it was timed')
+    result = report.read(file)
+    if "read_bytes_per_second" not in (result.get("ceilings") or {}):
+        raise report.BadResult(
+            f'plot: {file} has no "ceilings", the rate of memory where it was timed'
+        )
+    report.check_rows(file, result["rows"], report.COLUMNS)
     return [row | result["ceilings"] for row in result["rows"]]
 
 

@@ -14,6 +14,37 @@ import jax_awq
 from jax_awq.problems import BENCH_PROBLEMS, PROBLEMS
 
 Row = dict[str, Any]
+# What tables, plots and merging read of a row of an op.
+COLUMNS = ("op", "impl", "M", "N", "K", "group_size", "dtype", "us")
+
+
+class BadResult(ValueError):
+    """A file is no result of this benchmark, or not one that the command takes."""
+
+
+def read(file: Path) -> dict[str, Any]:
+    """A result, with "rows".
+
+    Raises:
+      BadResult: it cannot be read, or has no rows.
+    """
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadResult(f"{file} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # of the text encoding as well as of JSON
+        raise BadResult(f"{file} is not JSON: {error}") from error
+    rows = result.get("rows") if isinstance(result, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise BadResult(f'{file} must be a JSON object with a list of objects in "rows"')
+    return result
+
+
+def check_rows(file: Path, rows: Iterable[Row], columns: Iterable[str]) -> None:
+    for number, row in enumerate(rows):
+        for name in columns:
+            if name not in row:
+                raise BadResult(f'{file}: row {number} must have "{name}", got {sorted(row)}')
 
 
 def environment() -> dict[str, Any]:

@@ -8,11 +8,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jax_awq.checkpoint.config import read_json
 
 INDEX = ".safetensors.index.json"
+# What safetensors' own reader gives numpy arrays of, and what it would look for in numpy in vain.
+_NUMPY = (
+    *("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"),
+    *("F16", "BF16", "F32", "F64", "C64"),
+)
+_FLOAT8 = {
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +73,29 @@ def open_tensors() -> Iterator[Any]:
     with contextlib.ExitStack() as stack:
 
         def read(tensor: Tensor) -> np.ndarray:
+            if tensor.dtype in _FLOAT8:
+                return _read_float8(tensor)
             if tensor.file not in handles:
                 handles[tensor.file] = stack.enter_context(safe_open(tensor.file, "np"))
             return handles[tensor.file].get_tensor(tensor.name)
 
         yield read
+
+
+def check_readable(tensor: Tensor) -> None:
+    """Raises ValueError where there is no array of that dtype, as of float4."""
+    if tensor.dtype not in (*_NUMPY, *_FLOAT8):
+        raise ValueError(
+            f"load_hf: {tensor} must be {', '.join(_NUMPY)} or {', '.join(_FLOAT8)}, got "
+            f"{tensor.dtype}"
+        )
+
+
+def _read_float8(tensor: Tensor) -> np.ndarray:
+    entries, begin = _header(tensor.file)
+    first, last = dict(entries)[tensor.name]["data_offsets"]
+    data = np.fromfile(tensor.file, np.uint8, last - first, offset=begin + first)
+    return data.view(jnp.dtype(_FLOAT8[tensor.dtype])).reshape(tensor.shape)
 
 
 def import_safetensors(function: str, module: str = "safetensors") -> Any:

@@ -18,9 +18,11 @@ from jax import Array
 from jax_awq._checks import read_dtype
 from jax_awq.checkpoint.config import QuantConfig, find_config, read_config
 from jax_awq.checkpoint.counts import check_counts, check_modules
-from jax_awq.checkpoint.files import Tensor, find_tensors, open_tensors
+from jax_awq.checkpoint.files import Tensor, check_readable, find_tensors, open_tensors
 from jax_awq.checkpoint.formats import BadPart, Geometry, Readable, format_of, is_linear
 from jax_awq.weights import AWQWeight, PermutedWeight
+
+_SCALES = {"scales", "weight_scale"}
 
 
 class Linear(NamedTuple):
@@ -60,8 +62,9 @@ def load_hf(
       FileNotFoundError: the folder, its configuration or a file that it names is missing.
       ValueError: a file is damaged; a layer, an expert, a module of a Llama, Mistral, Qwen2 or
         Qwen3, or a tensor is missing; a tensor is unused, twice there or misshapen, has values that
-        its format does not have, or is in a format that is not read; or the configuration
-        contradicts the tensors.
+        its format does not have, such as a scale that is not finite, is in a format or dtype that
+        is not read, or has 64-bit integers that JAX, which makes 32-bit ones of them, would cut
+        off; or the configuration contradicts the tensors.
       TypeError: `dtype` is not floating.
       ImportError: safetensors is not installed.
 
@@ -102,6 +105,8 @@ def open_hf(
     if not for_model:
         check_modules(folder, tensors)
     plain = other_tensors(tensors, linears)
+    for tensor in plain.values():
+        check_readable(tensor)
 
     with open_tensors() as read:
         report = _Progress(len(tensors), progress)
@@ -109,6 +114,7 @@ def open_hf(
         def read_plain(tensor: Tensor) -> np.ndarray:
             array = read(tensor)
             report(1)
+            _check_integers(tensor, array)
             if dtype is not None and jnp.issubdtype(array.dtype, jnp.floating):
                 array = array.astype(dtype)
             return array
@@ -165,8 +171,26 @@ def check_whole(folder: Path, tensors: dict[str, Tensor], linears: dict[str, Lin
             raise ValueError(f"load_hf: {tensors[name]} has the name of a quantized linear")
 
 
+def _check_integers(tensor: Tensor, array: np.ndarray) -> None:
+    """Checks that 64-bit integers survive where JAX has 32 bits alone."""
+    if array.dtype.kind not in "iu":
+        return
+    limits = np.iinfo(jax.dtypes.canonicalize_dtype(array.dtype))
+    wrong = array[(array < limits.min) | (array > limits.max)]
+    if wrong.size:
+        raise ValueError(
+            f"load_hf: {tensor} must have values of {limits.dtype} where jax_enable_x64 is not "
+            f"set, got {wrong[0]}"
+        )
+
+
 def _read_weight(linear: Linear, read: Any) -> AWQWeight | PermutedWeight:
     arrays = {name: read(tensor) for name, tensor in linear.parts.items()}
+    for name in _SCALES & arrays.keys():
+        if not np.isfinite(arrays[name]).all():
+            raise ValueError(
+                f"load_hf: {linear.parts[name]} must have finite scales, got NaN or infinity"
+            )
     try:
         return linear.format.weight(arrays, linear.geometry)
     except BadPart as error:

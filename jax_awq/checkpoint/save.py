@@ -14,13 +14,20 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jax_awq._checks import check_dtype
+from jax_awq._checks import FLOATS, check_dtype, check_shape
 from jax_awq._packing import group_shapes
 from jax_awq.checkpoint.config import CONFIG_FILES
-from jax_awq.checkpoint.files import INDEX, import_safetensors
+from jax_awq.checkpoint.files import INDEX, Tensor, import_safetensors
+from jax_awq.checkpoint.formats import is_linear
 from jax_awq.weights import AWQWeight, PermutedWeight, convert
 
 _ZEROS_OF_8 = -0x77777778  # 0x88888888 in int32: what stands for no zero points in a word
+# Of which safetensors writes arrays.
+_DTYPES = (
+    *("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"),
+    *("float16", "bfloat16", "float32", "float64", "complex64"),
+    *("float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "float8_e4m3fnuz", "float8_e5m2fnuz"),
+)
 _BLOCK = re.compile(r"(.*?\.)\d+\.")
 
 
@@ -60,8 +67,10 @@ def save_hf(
     Raises:
       FileExistsError: the folder holds a model and `overwrite` is false, or it is a file.
       ValueError: no weight is quantized, one is stacked or has permuted inputs, their group sizes
-        differ, or two tensors have one name.
-      TypeError: a value is no array, or scales are float32.
+        differ, two tensors have one name, or an array has a name or shape which `load_hf` refuses
+        beside the weights.
+      TypeError: a value is no array, or of a dtype that safetensors does not write, or scales are
+        float32.
       ImportError: safetensors is not installed.
 
     Source: AutoAWQ 0.2.9, awq/modules/linear/gemm.py and awq/models/_config.py.
@@ -84,7 +93,8 @@ def save_hf(
             weight_map |= dict.fromkeys(arrays, f"{file}.safetensors")
             # transformers refuses a file that does not name a framework.
             save_file(
-                {n: np.ascontiguousarray(a) for n, a in arrays.items()},
+                # Reshaped, since of () it makes (1,).
+                {n: np.ascontiguousarray(a).reshape(a.shape) for n, a in arrays.items()},
                 temporary / f"{file}.safetensors",
                 metadata={"format": "pt"},
             )
@@ -110,7 +120,38 @@ def _entries(params: Mapping[str, Any]) -> list[_Entry]:
                 )
             owners[tensor] = name
         entries.append(entry)
+    _check_beside_weights(params)
     return entries
+
+
+def _check_beside_weights(params: Mapping[str, Any]) -> None:
+    """Checks that `load_hf` takes no array for a part of a quantized linear, or for nothing."""
+    weights = {name: value for name, value in params.items() if isinstance(value, AWQWeight)}
+    modules: dict[str, dict[str, Tensor]] = {}
+    for name in sorted(params.keys() - weights.keys()):
+        if name == "__metadata__":
+            raise ValueError(f"save_hf: {name} must have another name: safetensors has it itself")
+        array = params[name]
+        module, _, part = name.rpartition(".")
+        if module not in weights:
+            dtype = "I32" if array.dtype == np.int32 else ""
+            tensor = Tensor(name, Path(), dtype, tuple(array.shape))
+            modules.setdefault(module, {})[part] = tensor
+        elif part != "bias":
+            raise ValueError(
+                f"save_hf: {name} must have another name: beside the AWQWeight {module} there may "
+                "only be its bias"
+            )
+        else:
+            check_dtype("save_hf", name, array, *FLOATS)
+            check_shape("save_hf", name, array, weights[module].shape[-1:])
+    for parts in modules.values():
+        if is_linear(parts):
+            names = ", ".join(sorted(tensor.name for tensor in parts.values()))
+            raise ValueError(
+                f"save_hf: {names} must have other names: they are those of a quantized linear, "
+                "which must be an AWQWeight"
+            )
 
 
 def _entry(name: str, value: Any) -> _Entry:
@@ -120,10 +161,12 @@ def _entry(name: str, value: Any) -> _Entry:
             "has no place"
         )
     if not isinstance(value, AWQWeight):
-        if not hasattr(value, "dtype") or not hasattr(value, "shape"):
+        known = isinstance(value, np.ndarray | np.generic | jax.Array)
+        if not known or isinstance(value, jax.core.Tracer):
             raise TypeError(
                 f"save_hf: {name} must be an AWQWeight or an array, got {type(value).__name__}"
             )
+        check_dtype("save_hf", name, value, *_DTYPES)
         return _Entry({name: value.nbytes}, lambda: {name: np.asarray(value)})
     if value.ndim != 2:
         raise ValueError(f"save_hf: {name} must be (K, N), got shape {value.shape}")

@@ -31,7 +31,8 @@ def round_to_nearest(weight: Any, *, group_size: int = 128, dtype: Any = jnp.flo
       `AWQWeight` in layout "gemm", with zero points.
 
     Raises:
-      ValueError: a size that no weight can have.
+      ValueError: a size that no weight can have; or, where the values are known, that is outside
+        of `jax.jit` and the like, NaN, infinity, or a range whose scale `dtype` does not hold.
       TypeError: a dtype that is not one of the three.
 
     Source: AutoAWQ 0.2.9, pseudo_quantize_tensor and WQLinear_GEMM.from_linear.
@@ -45,10 +46,43 @@ def round_to_nearest(weight: Any, *, group_size: int = 128, dtype: Any = jnp.flo
     if n % PACK_FACTOR:
         raise ValueError(f"round_to_nearest: N={n} must be a multiple of {PACK_FACTOR}")
     check_group_size("round_to_nearest", k, group_size)
-    return _round_to_nearest(weight, group_size=group_size, dtype=jnp.dtype(dtype))
+    return rounded_weight("round_to_nearest", "weight", weight, group_size, jnp.dtype(dtype))
+
+
+def rounded_weight(op: str, name: str, weight: Array, group_size: int, dtype: Any) -> AWQWeight:
+    """`round_to_nearest` of a weight whose dtype and shape are checked, under its own name."""
+    check_finite(op, name, weight)
+    result = _round_to_nearest(weight, group_size=group_size, dtype=dtype)
+    if not is_finite(result.scales):
+        raise ValueError(
+            f"{op}: {name} must have groups whose scale is finite in {dtype}, got values from "
+            f"{float(weight.min()):.4g} to {float(weight.max()):.4g}"
+        )
+    return result
+
+
+def check_finite(op: str, name: str, *arrays: Array) -> None:
+    if not all(is_finite(array) for array in arrays):
+        raise ValueError(f"{op}: {name} must be finite, got NaN or infinity")
+
+
+def is_finite(array: Array) -> bool:
+    """Whether all values are; True of a tracer, whose values nobody knows yet."""
+    if isinstance(array, jax.core.Tracer):
+        return True
+    found = _all_finite(array)
+    # Inside `jax.jit` what is computed of a constant is a tracer, too.
+    return isinstance(found, jax.core.Tracer) or bool(found)
+
+
+@jax.jit
+def _all_finite(array: Array) -> Array:
+    return jnp.isfinite(array).all()
 
 
 def check_group_size(op: str, k: int, group_size: int) -> None:
+    if k < 1:
+        raise ValueError(f"{op}: K must be positive, got {k}")
     if group_size != -1 and (group_size < 1 or k % group_size):
         raise ValueError(f"{op}: group_size must be -1 or a divisor of K={k}, got {group_size}")
 

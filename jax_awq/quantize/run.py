@@ -11,8 +11,8 @@ from jax import Array
 
 from jax_awq._checks import FLOATS, check_dtype
 from jax_awq.quantize.blocks import Block, check_blocks, decoder_blocks, weight_of
-from jax_awq.quantize.rtn import round_to_nearest
-from jax_awq.quantize.search import search_clip, search_scale
+from jax_awq.quantize.rtn import check_finite, rounded_weight
+from jax_awq.quantize.search import NoFiniteError, search_clip, search_scale
 from jax_awq.quantize.state import State
 from jax_awq.quantize.statistics import Statistics, collect_statistics
 from jax_awq.weights import AWQWeight
@@ -79,8 +79,9 @@ def quantize(
 
     Raises:
       ValueError: a tensor that is missing or misshapen, a path in two blocks, a block without
-        inputs, or a file of another run; named. A model with packed weights or experts, or tokens
-        that it does not have.
+        inputs, NaN or infinity in a weight or in the inputs of a block, a weight whose scales
+        `dtype` does not hold, or a file of another run or a damaged one; named. A model with packed
+        weights or experts, or tokens that it does not have.
       TypeError: `dtype` is not one of the three, or `calibration` is neither function nor dict.
       ImportError: rich or safetensors is needed and not installed.
 
@@ -166,6 +167,7 @@ class _Run:
             names += [] if path in quantized else [f"{path}.weight"]
             for name in names:
                 array = jnp.asarray(self.params[name])
+                check_finite("quantize", name, array)
                 value = array.astype(jnp.float32)
                 if path in owner and name.endswith("weight"):
                     value = value * self.scale(owner[path])
@@ -173,6 +175,7 @@ class _Run:
                     scale = self.scale(self.consumer[path])
                     value = value / scale.reshape(-1, *[1] * (value.ndim - 1))
                 result[name] = value.astype(array.dtype)
+                check_finite("quantize", f"{name} with its scale in {array.dtype}", result[name])
         return result
 
     def scale(self, index: int) -> Array:
@@ -182,26 +185,48 @@ class _Run:
             settings = self._settings(block)
             arrays = self.state.load(name, settings)
             if arrays is None:
-                weights = [weight_of(self.params, path) for path in block.linears]
                 if block.previous is None:
-                    scale = jnp.ones(weights[0].shape[1], jnp.float32)
+                    k = weight_of(self.params, block.linears[0]).shape[1]
+                    scale = jnp.ones(k, jnp.float32)
                 else:
-                    batches = None if block.output is None else list(self.inputs(block))
-                    scale = search_scale(
-                        [jnp.asarray(w).T for w in weights],
-                        self._statistics(index, batches),
-                        group_size=self.group_size,
-                        dtype=self.dtype,
-                        output=block.output,
-                        batches=batches or (),
-                    )
+                    scale = self._searched(index)
                 arrays = {"scale": scale}
                 self.state.save(name, settings, arrays)
             self.scales[index] = arrays["scale"]
         return self.scales[index]
 
+    def _searched(self, index: int) -> Array:
+        block = self.blocks[index]
+        weights = [self._weight(path) for path in block.linears]
+        batches = None if block.output is None else list(self.inputs(block))
+        try:
+            return search_scale(
+                weights,
+                self._statistics(index, batches),
+                group_size=self.group_size,
+                dtype=self.dtype,
+                output=block.output,
+                batches=batches or (),
+            )
+        except NoFiniteError as error:
+            # Most likely a weight is too large for the dtype: say which.
+            for path, weight in zip(block.linears, weights, strict=True):
+                self._rounded(path, weight)
+            raise ValueError(
+                f"quantize: no scale of the inputs of {block.linears[0]}: {error}"
+            ) from error
+
+    def _weight(self, path: str) -> Array:
+        """(K, N)."""
+        weight = jnp.asarray(weight_of(self.params, path)).T
+        check_finite("quantize", f"{path}.weight", weight)
+        return weight
+
+    def _rounded(self, path: str, weight: Array) -> AWQWeight:
+        return rounded_weight("quantize", f"{path}.weight", weight, self.group_size, self.dtype)
+
     def _quantized(self, index: int, path: str) -> AWQWeight:
-        weight = jnp.asarray(weight_of(self.params, path)).T.astype(jnp.float32)
+        weight = self._weight(path).astype(jnp.float32)
         weight = weight * self.scale(index)[:, None]
         if path in self.consumer:
             weight = weight / self.scale(self.consumer[path])
@@ -212,7 +237,7 @@ class _Run:
                 group_size=self.group_size,
                 dtype=self.dtype,
             )
-        return round_to_nearest(weight, group_size=self.group_size, dtype=self.dtype)
+        return self._rounded(path, weight)
 
     def _statistics(self, index: int, batches: Iterable[Any] | None = None) -> Statistics:
         if index not in self.statistics:
@@ -224,6 +249,8 @@ class _Run:
                     f"quantize: inputs of {block.linears[0]} must have shape (..., {k}), "
                     f"got (..., {found.mean_abs.shape[0]})"
                 )
+            name = f"inputs of {block.linears[0]}, and the sums of their products,"
+            check_finite("quantize", name, found.mean_abs, found.gram)
             self.statistics[index] = found
         return self.statistics[index]
 

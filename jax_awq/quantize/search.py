@@ -16,6 +16,10 @@ RATIOS = 20
 SHRINK_STEPS = 10  # each by 1/20 of the largest value
 
 
+class NoFiniteError(ValueError):
+    """No candidate of a search has a finite error."""
+
+
 def search_scale(
     weights: Sequence[Array],
     statistics: Statistics,
@@ -45,7 +49,7 @@ def search_scale(
       ``(K,)`` float32, positive.
 
     Raises:
-      ValueError: there is an `output` and no batch.
+      ValueError: there is an `output` and no batch; or the error of no candidate is finite.
 
     Source: AWQ, arXiv 2306.00978, section 3.2; AutoAWQ 0.2.9, AwqQuantizer._search_best_scale.
     """
@@ -63,6 +67,13 @@ def search_scale(
         if not each:
             raise ValueError("search_scale: output needs batches, got none")
         losses = sum(each[1:], each[0])
+    # Otherwise the first candidate would be taken, whatever it is worth.
+    known = not isinstance(losses, jax.core.Tracer)
+    if known and not jnp.isfinite(losses).any():
+        raise NoFiniteError(
+            "search_scale: the error of some candidate must be finite, got NaN or infinity for all "
+            "of them"
+        )
     return scales[jnp.argmin(jnp.where(jnp.isnan(losses), jnp.inf, losses))]
 
 

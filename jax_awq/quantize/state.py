@@ -35,17 +35,23 @@ class State:
         """A result, or None where there is none yet.
 
         Raises:
-          ValueError: it is of a run with other settings or weights.
+          ValueError: it is of a run with other settings or weights, or the file is damaged.
         """
         if self.folder is None or not (file := self._file(name)).is_file():
             return None
-        with self.files.safe_open(file, "np") as tensors:
-            found = json.loads((tensors.metadata() or {}).get("run", "null"))
-            if found != json.loads(json.dumps(run)):
-                raise ValueError(
-                    f"quantize: {file} is of another run: it has {found}, this run {dict(run)}"
-                )
-            return {key: jnp.asarray(tensors.get_tensor(key)) for key in tensors.keys()}  # noqa: SIM118
+        try:
+            with self.files.safe_open(file, "np") as tensors:
+                found = json.loads((tensors.metadata() or {}).get("run", "null"))
+                arrays = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
+        except (self.files.SafetensorError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"quantize: {file} is damaged: {error}; without it its block is searched again"
+            ) from error
+        if found != json.loads(json.dumps(run)):
+            raise ValueError(
+                f"quantize: {file} is of another run: it has {found}, this run {dict(run)}"
+            )
+        return {key: jnp.asarray(array) for key, array in arrays.items()}
 
     def save(self, name: str, run: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
         if self.folder is None:

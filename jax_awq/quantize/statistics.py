@@ -34,17 +34,17 @@ def collect_statistics(batches: Iterable[Any]) -> Statistics:
     """Statistics of all tokens of some batches, each ``(..., K)`` float.
 
     Raises:
-      ValueError: there is no token, or batches disagree about K.
+      ValueError: there is no token, K is 0, or batches disagree about K.
     """
     sums, count = None, 0
     for batch in batches:
         x = jnp.asarray(batch)
-        if x.ndim == 0 or (sums is not None and x.shape[-1] != sums.mean_abs.shape[0]):
-            want = "K" if sums is None else sums.mean_abs.shape[0]
+        want = "K" if sums is None else sums.mean_abs.shape[0]
+        if x.ndim == 0 or x.shape[-1] == 0 or want not in ("K", x.shape[-1]):
             raise ValueError(
                 f"collect_statistics: a batch must have shape (..., {want}), got {x.shape}"
             )
-        count += x.size // max(x.shape[-1], 1)
+        count += x.size // x.shape[-1]
         new = _sums(x)
         sums = new if sums is None else jax.tree.map(jnp.add, sums, new)
     if sums is None or not count:
