@@ -72,6 +72,11 @@ def test_generate_stops_at_the_end(tmp_path, tokenizer):
     [
         ([GOLDEN / "no", "--prompt", "x"], "error: generate: there is no folder .*no"),
         ([GOLDEN / "tiny-llama", "--prompt", "x"], "error: generate: .* has no tokenizer.json"),
+        ([LLAMA, "--prompt", "a\udcff"], r"generate: --prompt must be UTF-8 text, got 'a\\udcff'"),
+        (
+            [LLAMA, "--prompt", "x", "--temperature", 1, "--seed", 2**70],
+            "error: generate: seed must be an integer of 64 bits",
+        ),
         ([LLAMA, "--prompt", ""], "error: generate: --prompt must have at least one token"),
         (
             [LLAMA, "--prompt", "x", "--max-new-tokens", 600],
@@ -84,6 +89,14 @@ def test_generate_tells_what_is_wrong(arguments, message):
     assert found.exit_code == 1
     assert re.search(message, found.stderr)
     assert "Traceback" not in found.output
+
+
+def test_generate_with_a_broken_tokenizer(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{")
+    found = run("generate", tmp_path, "--prompt", "x")
+    assert found.exit_code == 1
+    message = f"error: generate: {tmp_path / 'tokenizer.json'} must be a tokenizer, got: "
+    assert found.stderr.startswith(message)
 
 
 def test_inspect():
@@ -120,6 +133,17 @@ def change_tensors(folder, change):
     [
         (lambda t: t.pop("model.norm.weight"), {}, "tensor model.norm.weight is missing"),
         (lambda t: t.update(more=np.ones(2)), {}, "model_type 'llama' has no place for more"),
+        (lambda t: t.update({"a.²": np.ones(2)}), {}, "model_type 'llama' has no place for a.²"),
+        (
+            lambda t: t.update({f"a.{'1' * 5000}": np.ones(2)}),
+            {},
+            "model_type 'llama' has no place for a.1",
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": np.ones(64, np.int16)}),
+            {},
+            "tensor model.norm.weight in .* must have a floating dtype",
+        ),
         (lambda t: None, {"model_type": "gemma2"}, "model_type must be one of"),
         (
             lambda t: t.pop("model.layers.1.mlp.up_proj.scales"),

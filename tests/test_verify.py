@@ -1,6 +1,8 @@
 """`python -m jax_awq verify`: what it measures, what it writes, and when it fails."""
 
 import dataclasses
+import importlib
+import io
 import json
 import re
 import shutil
@@ -192,11 +194,23 @@ def tokens_of(tmp_path, array, name="tiny-llama"):
     return ["--awq-model-path", GOLDEN / name, "--tokens", tmp_path / "ids.npy"]
 
 
+def tokens_in(tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    return ["--awq-model-path", LLAMA, "--tokens", tmp_path / name]
+
+
+def saved(save):
+    file = io.BytesIO()
+    save(file, np.zeros((4, 9), np.int32))
+    return file.getvalue()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (lambda _: ["--awq-model-path", "/nowhere"], "verify: /nowhere is no folder"),
         (lambda path: ["--awq-model-path", path], r"has no config\.json"),
+        (lambda path: ["--json", path], "verify: --json .* cannot be written: it is a folder"),
         (lambda path: ["--tokens", path], "verify: --tokens needs --awq-model-path"),
         (
             lambda path: tokens_of(path, np.zeros((1, 9), np.int32)),
@@ -211,6 +225,24 @@ def tokens_of(tmp_path, array, name="tiny-llama"):
             lambda path: tokens_of(path, np.zeros((4, 4), np.int32), "tiny-qwen3-moe"),
             "must have more than 4 tokens a row, since the model has 8 experts, got 4",
         ),
+        *(
+            (
+                lambda path, name=name, data=data: tokens_in(path, name, data),
+                rf"verify: .*{name} must be {message}",
+            )
+            for name, data, message in (
+                ("a.npy", b"", "a whole .npy, got: "),
+                ("a.npz", b"", "a whole .npz, got: "),
+                ("a.npz", b"PK\x03\x04 and no more", "a whole .npz, got: "),
+                ("a.npz", saved(np.save), "a .npz, got a .npy"),
+                ("a.npy", saved(np.savez), "a .npy, got a .npz"),
+                ("a.txt", b"\xff\xff", "UTF-8 text, got: "),
+            )
+        ),
+        (
+            lambda path: tokens_in(path, "a.npz", saved(np.savez)),
+            "verify: .*a.npz has no array valid_ids",
+        ),
         (
             lambda path: [*tokens_of(path, np.zeros((4, 9)))[:3], path / "no.npz"],
             "No such file or directory: .*no.npz",
@@ -222,6 +254,25 @@ def test_what_is_wrong_is_told(tmp_path, arguments, message):
     assert found.exit_code == 1
     assert re.search(f"error: .*{message}", found.stderr)
     assert "Traceback" not in found.output
+
+
+def test_where_to_write_is_looked_at_first(monkeypatch, tmp_path):
+    runs = []
+    monkeypatch.setattr(importlib.import_module("jax_awq.cli.verify"), "_run", runs.append)
+    (tmp_path / "file").touch()
+    for file in (tmp_path, tmp_path / "file" / "a.json"):
+        found = run("--json", file)
+        assert found.exit_code == 1
+        assert f"error: verify: --json {file} cannot be written: " in found.stderr
+    assert not runs
+
+
+def test_a_broken_tokenizer(tmp_path):
+    pytest.importorskip("tokenizers")
+    (tmp_path / "tokenizer.json").write_text("{")
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"verify: .* must be a tokenizer, got: "):
+        in_model.read_tokens(tmp_path / "a.txt", tmp_path, models.read_decoder_config(LLAMA))
 
 
 def test_tokens_of_a_text(tmp_path):

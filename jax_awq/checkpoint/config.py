@@ -136,7 +136,8 @@ def read_model_config(folder: Path) -> dict[str, Any]:
 def read_json(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # of the text encoding as well as of JSON
+    # Of the text encoding as well as of JSON, which may be nested too deep to be read.
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"load_hf: {file} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"load_hf: {file} must be a JSON object, got {type(values).__name__}")

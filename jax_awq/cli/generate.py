@@ -36,6 +36,7 @@ def generate(
     """Continue a text; it goes to stdout, what it took to stderr."""
     console = Console(stderr=True)
     try:
+        _check_text(prompt)
         tokenizer = _tokenizer(folder)
         ids = tokenizer.encode(prompt).ids
         if not ids:
@@ -59,6 +60,13 @@ def generate(
     console.print(_told(len(ids), times), soft_wrap=True)
 
 
+def _check_text(prompt: str) -> None:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # Python keeps bytes that it cannot decode as surrogates
+        raise ValueError(f"generate: --prompt must be UTF-8 text, got {prompt!r}") from error
+
+
 def _tokenizer(folder: Path) -> Any:
     try:
         from tokenizers import Tokenizer
@@ -69,7 +77,10 @@ def _tokenizer(folder: Path) -> Any:
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise FileNotFoundError(f"generate: {folder} has no tokenizer.json")
-    return Tokenizer.from_file(str(file))
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers has no class of its own
+        raise ValueError(f"generate: {file} must be a tokenizer, got: {error}") from error
 
 
 def _pieces(

@@ -31,8 +31,6 @@ from jax_awq.models.config import DecoderConfig, read_decoder_config
 from jax_awq.models.params import assemble
 from jax_awq.weights import AWQWeight
 
-# Of safetensors' names, those that end in a number have it as width in bits.
-_FLOATS = ("F64", "F32", "F16", "BF16")
 _WIDE = 1000  # columns of a file or pipe, in which no name is folded
 
 
@@ -165,7 +163,7 @@ def _assemble(
 
 
 def _abstract_array(tensor: Tensor) -> jax.ShapeDtypeStruct:
-    dtype = jnp.float32 if tensor.dtype in _FLOATS else jnp.int32
+    dtype = jnp.float32 if tensor.dtype.startswith(("F", "BF")) else jnp.int32
     return jax.ShapeDtypeStruct(tensor.shape, dtype)
 
 
@@ -182,13 +180,16 @@ def _abstract_weight(geometry: Geometry) -> AWQWeight:
 
 
 def _size(tensor: Tensor) -> int:
+    # Of safetensors' names, those that end in a number have it as width in bits.
     bits = int(re.sub(r"\D+|_.*", "", tensor.dtype) or 8)
     return math.prod(tensor.shape) * bits // 8
 
 
 def _natural(name: str) -> list[tuple[bool, int | str]]:
     """Sorts numbers as numbers."""
-    return [(part.isdigit(), int(part) if part.isdigit() else part) for part in name.split(".")]
+    # Python takes neither other digits, as of an exponent, nor thousands of them for a number.
+    parts = ((part, part.isdecimal() and len(part) < 20) for part in name.split("."))
+    return [(number, int(part) if number else part) for part, number in parts]
 
 
 def _alike(entries: Iterable[Entry]) -> list[tuple[Entry, int]]:

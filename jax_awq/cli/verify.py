@@ -1,6 +1,7 @@
 """`python -m jax_awq verify`: is the arithmetic right, and what does each scheme cost."""
 
 import dataclasses
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -72,6 +73,8 @@ def verify(
 ) -> None:
     console, progress = Console(), Progress(console=Console(stderr=True), transient=True)
     try:
+        if json_file is not None:
+            _check_writable(json_file)
         with progress:
             result = _run(awq_model_path, tokens, progress)
         if json_file is not None:
@@ -157,6 +160,21 @@ def _of_model(
     for scheme in SCHEMES:
         params = in_model.with_scheme(half.params, scheme, seen)
         result.perplexities[scheme.name] = run(params, half.config, measured, advance)
+
+
+def _check_writable(file: Path) -> None:
+    """Before the run, which takes minutes."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            file.touch()
+            file.unlink()
+        elif file.is_dir():
+            raise IsADirectoryError("it is a folder")
+        elif not os.access(file, os.W_OK):
+            raise PermissionError("no permission")
+    except OSError as error:
+        raise OSError(f"verify: --json {file} cannot be written: {error}") from error
 
 
 def _write(file: Path, result: _Result) -> None:

@@ -77,13 +77,15 @@ def attend(
     Returns:
       (B, T, heads, head_dim), and `kv` with the new tokens written to it.
     """
+    fresh = isinstance(span.first, int)
     if kv is not None:
-        at = (0, 0, span.first, 0)
+        # Where JAX has 64 bits, a plain 0 would not be of the dtype that an array has.
+        zero = 0 if fresh else jnp.zeros_like(span.first)
+        at = (zero, zero, span.first, zero)
         kv = tuple(
             lax.dynamic_update_slice(old, new.swapaxes(1, 2), at)
             for old, new in zip(kv, (k, v), strict=True)
         )  # type: ignore[assignment]
-    fresh = isinstance(span.first, int)
     if not fresh:
         assert kv is not None
         k, v = (a.swapaxes(1, 2) for a in kv)

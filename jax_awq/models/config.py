@@ -1,6 +1,7 @@
 """What config.json says about a decoder: sizes, rotary embedding, windows, experts."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,9 @@ class DecoderConfig:
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 _DTYPES = ("float16", "bfloat16", "float32")
+_WINDOWS = ("full_attention", "sliding_attention")
+# Far beyond any model: each layer takes memory here, before a tensor is looked for.
+_MOST_LAYERS = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +89,7 @@ class Values:
     def get(self, name: str, kind: Any, default: Any = None) -> Any:
         value = self.values.get(name)
         value = default if value is None else value
-        if kind is float and type(value) is int:
+        if kind is float and type(value) is int and abs(value) < 2**53:
             value = float(value)
         if value is not None and type(value) is not kind:
             raise ValueError(f"load: {self.file}: {name} must be {kind.__name__}, got {value!r}")
@@ -95,6 +99,14 @@ class Values:
         value = self.get(name, kind)
         if value is None:
             raise ValueError(f"load: {self.file} has no {name}")
+        return value
+
+    def need_size(self, name: str, default: int | None = None, most: float = math.inf) -> int:
+        """A number of something, of which there must be one."""
+        value: int = self.need(name, int) if default is None else self.get(name, int, default)
+        if not 1 <= value <= most:
+            want = "1 or more" if most == math.inf else f"from 1 to {most}"
+            raise ValueError(f"load: {self.file}: {name} must be {want}, got {value}")
         return value
 
     def must_be(self, name: str, *allowed: Any) -> None:
@@ -115,7 +127,7 @@ def read_decoder_config(folder: Path) -> DecoderConfig:
     Raises:
       FileNotFoundError: there is no config.json.
       ValueError: the model_type or a feature that the file asks for is not supported, or an entry
-        is missing or of a wrong type.
+        is missing, of a wrong type or out of range.
     """
     file = folder / "config.json"
     if not file.is_file():
@@ -129,34 +141,37 @@ def read_decoder_config(folder: Path) -> DecoderConfig:
     values.must_be("hidden_act", "silu")
     values.must_be("partial_rotary_factor", 1, 1.0)
     is_moe = model_type == "qwen3_moe"
-    heads = values.need("num_attention_heads", int)
-    hidden = values.need("hidden_size", int)
+    heads = values.need_size("num_attention_heads")
+    hidden = values.need_size("hidden_size")
     kv_heads = values.get("num_key_value_heads", int, heads if model_type == "llama" else None)
-    if not kv_heads or heads % kv_heads:
+    if not kv_heads or kv_heads < 1 or heads % kv_heads:
         raise ValueError(
             f"load: {file}: num_key_value_heads must divide num_attention_heads {heads}, "
             f"got {kv_heads}"
         )
-    layers = values.need("num_hidden_layers", int)
+    layers = values.need_size("num_hidden_layers", most=_MOST_LAYERS)
     default_head_dim = 128 if model_type == "qwen3" else hidden // heads
     has_bias = values.get("attention_bias", bool, False)
     if has_bias and model_type in ("mistral", "qwen2"):
         raise ValueError(
             f"load: {file}: attention_bias must be False for model_type {model_type!r}, got True"
         )
-    head_dim = values.get("head_dim", int, default_head_dim)
+    head_dim = values.need_size("head_dim", default_head_dim)
+    eps = values.need("rms_norm_eps", float)
+    if not 0 < eps < math.inf:
+        raise ValueError(f"load: {file}: rms_norm_eps must be positive and finite, got {eps}")
     return DecoderConfig(
         model_type=model_type,
-        vocab_size=values.need("vocab_size", int),
+        vocab_size=values.need_size("vocab_size"),
         hidden_size=hidden,
         intermediate_size=values.need("intermediate_size", int),
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        norm_eps=values.need("rms_norm_eps", float),
+        norm_eps=eps,
         rope=read_rope(file, values.values, head_dim),
-        max_positions=values.need("max_position_embeddings", int),
+        max_positions=values.need_size("max_position_embeddings"),
         tie_embeddings=values.get("tie_word_embeddings", bool, False),
         windows=_windows(values, model_type, layers),
         attention_bias=has_bias or model_type == "qwen2",
@@ -171,9 +186,7 @@ def read_decoder_config(folder: Path) -> DecoderConfig:
 
 def _windows(values: Values, model_type: str, layers: int) -> tuple[int | None, ...]:
     kinds = values.get("layer_types", list)
-    if kinds is not None and (
-        len(kinds) != layers or set(kinds) - {"full_attention", "sliding_attention"}
-    ):
+    if kinds is not None and (len(kinds) != layers or any(kind not in _WINDOWS for kind in kinds)):
         raise ValueError(
             f"load: {values.file}: layer_types must name full_attention or sliding_attention for "
             f"each of {layers} layers, got {kinds}"
@@ -202,8 +215,8 @@ def _windows(values: Values, model_type: str, layers: int) -> tuple[int | None, 
 
 def _experts(values: Values, layers: int) -> Experts:
     dense = values.get("mlp_only_layers", list, [])
-    step = values.get("decoder_sparse_step", int, 1)
-    count, top_k = values.need("num_experts", int), values.need("num_experts_per_tok", int)
+    step = values.need_size("decoder_sparse_step", 1)
+    count, top_k = values.need_size("num_experts"), values.need("num_experts_per_tok", int)
     if not 1 <= top_k <= count:
         raise ValueError(
             f"load: {values.file}: num_experts_per_tok must be 1 to {count}, got {top_k}"
@@ -211,7 +224,7 @@ def _experts(values: Values, layers: int) -> Experts:
     return Experts(
         num_experts=count,
         top_k=top_k,
-        intermediate_size=values.need("moe_intermediate_size", int),
+        intermediate_size=values.need_size("moe_intermediate_size"),
         normalize=values.get("norm_topk_prob", bool, False),
         sparse=tuple(i not in dense and (i + 1) % step == 0 for i in range(layers)),
     )

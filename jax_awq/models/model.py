@@ -49,12 +49,14 @@ def load(
 
     Raises:
       FileNotFoundError, ImportError: as for `load_hf`.
-      ValueError: as for `load_hf`; the model_type or a feature of config.json is not supported, or
-        a tensor is missing, unused or misshapen for it.
+      ValueError: as for `load_hf`; the model_type or a feature of config.json is not supported, a
+        value of it is out of range, or a tensor is missing, unused, misshapen or of integers.
       TypeError: `dtype` is none of the three.
     """
     if layers not in ("unrolled", "stacked"):
         raise ValueError(f"load: layers must be 'unrolled' or 'stacked', got {layers!r}")
+    if attention not in (None, "xla", "cudnn"):
+        raise ValueError(f"load: attention must be 'xla', 'cudnn' or None, got {attention!r}")
     config = read_decoder_config(Path(path))
     if dtype is not None:
         config = dataclasses.replace(config, dtype=str(read_dtype("load", dtype)))
@@ -120,8 +122,8 @@ class Model:
 
         Options, results and errors are those of `stream`.
         """
-        ids = np.asarray(input_ids, np.int32)
         new = list(self.stream(input_ids, max_new_tokens, **options))
+        ids = np.asarray(input_ids, np.int32)
         return np.concatenate([ids, *(token[:, None] for token in new)], axis=1)
 
     def stream(
@@ -149,19 +151,24 @@ class Model:
             is over when all rows have ended. By default those of the checkpoint; () for none.
 
         Raises:
-          ValueError: as for `logits`, or `temperature` or `top_p` is out of range.
+          ValueError: as for `logits`, or `temperature`, `top_p`, `seed` or `eos_token_id` is out of
+            range.
         """
         if max_new_tokens < 0:
             raise ValueError(f"generate: max_new_tokens must be 0 or more, got {max_new_tokens}")
-        if temperature < 0:
+        if not temperature >= 0:  # a NaN is refused too
             raise ValueError(f"generate: temperature must be 0 or more, got {temperature}")
         if not 0 <= top_p <= 1:
             raise ValueError(f"generate: top_p must be from 0 to 1, got {top_p}")
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"generate: seed must be an integer of 64 bits, got {seed}")
         ids, start = self._checked("generate", input_ids, attention_mask, max_new_tokens)
-        ends = self.config.eos_token_ids if eos_token_id is None else np.atleast_1d(eos_token_id)
+        ends = np.atleast_1d(self.config.eos_token_ids if eos_token_id is None else eos_token_id)
+        if ends.size and (ends.min() < -(2**31) or ends.max() >= 2**31):
+            raise ValueError(f"generate: eos_token_id must be integers of 32 bits, got {ends}")
         draw = None if temperature == 0 else (jax.random.key(seed), temperature, top_p)
         nucleus = draw is not None and top_p < 1
-        return self._stream(ids, start, max_new_tokens, draw, nucleus, np.asarray(ends, np.int32))
+        return self._stream(ids, start, max_new_tokens, draw, nucleus, ends.astype(np.int32))
 
     def quantization(
         self, tokens: Any

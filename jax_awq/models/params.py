@@ -40,7 +40,8 @@ def assemble(
       place: where the tensors are from, for messages.
 
     Raises:
-      ValueError: a tensor is missing, unused or misshapen, or `stacked` and layers differ.
+      ValueError: a tensor is missing, unused, misshapen or of integers, or `stacked` and layers
+        differ.
     """
     source = _Source(tensors, place)
     hidden, vocab = config.hidden_size, config.vocab_size
@@ -230,6 +231,7 @@ class _Source:
             raise ValueError(
                 f"load: tensor {name} in {self.place} must have shape {shape}, got {found.shape}"
             )
+        self._check_float(name, found)
         return found
 
     def linear(self, name: str, k: int, n: int, bias: bool, experts: int | None = None) -> Linear:
@@ -245,9 +247,18 @@ class _Source:
                     f"load: linear {name} in {self.place} must have ({', '.join(sizes)}) = "
                     f"{tuple(sizes.values())}, got {weight.shape}"
                 )
+            if not _is_packed(weight):
+                self._check_float(name, weight)
         else:
             weight = self.array(f"{name}.weight", (n, k))
         return Linear(weight, self.array(f"{name}.bias", (n,)) if bias else None)
+
+    def _check_float(self, name: str, found: Any) -> None:
+        """Integers, as of a wrong label, would be taken for values."""
+        if not jnp.issubdtype(found.dtype, jnp.floating):
+            raise ValueError(
+                f"load: tensor {name} in {self.place} must have a floating dtype, got {found.dtype}"
+            )
 
     def _instead(self, name: str) -> str:
         parent = name.rpartition(".")[0].rpartition(".")[0]

@@ -20,6 +20,7 @@ _NEEDED = {
         "original_max_position_embeddings",
     ),
 }
+_LEAST, _MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 _DEFAULT_THETA = 10000.0  # of every supported architecture's configuration class
 
 
@@ -60,7 +61,7 @@ def read_rope(file: Path, values: dict[str, Any], head_dim: int) -> Rope:
     """The rotary embedding that `rope_parameters` of a config.json describes.
 
     Raises:
-      ValueError: a kind or a parameter that is not known, or one that is missing.
+      ValueError: a kind or a parameter that is not known, or one that is missing or out of range.
     """
     if head_dim % 2:
         raise ValueError(f"load: {file}: head_dim must be even, got {head_dim}")
@@ -70,10 +71,10 @@ def read_rope(file: Path, values: dict[str, Any], head_dim: int) -> Rope:
         raise ValueError(f"load: {file}: {name} must be one flat object, got {found!r}")
     found = {key: value for key, value in found.items() if value is not None}
     theta = found.pop("rope_theta", _DEFAULT_THETA)
-    kinds = {found.pop(key) for key in ("rope_type", "type") if key in found} or {"default"}
-    if len(kinds) != 1 or not kinds <= set(_KINDS):
-        raise ValueError(f"load: {file}: rope_type must be one of {_KINDS}, got {sorted(kinds)}")
-    (kind,) = kinds
+    kinds = [found.pop(key) for key in ("rope_type", "type") if key in found] or ["default"]
+    kind = kinds[0]
+    if any(other != kind or other not in _KINDS for other in kinds):
+        raise ValueError(f"load: {file}: rope_type must be one of {_KINDS}, got {kinds}")
     needed = _NEEDED[kind]
     # A copy of the top level's value that some tools put there.
     if found.get("partial_rotary_factor") == 1:
@@ -88,7 +89,17 @@ def read_rope(file: Path, values: dict[str, Any], head_dim: int) -> Rope:
             )
         if type(value) not in (int, float):
             raise ValueError(f"load: {file}: {key} must be a number, got {value!r}")
-    return Rope(float(theta), kind, **{key: float(found[key]) for key in needed})
+        if not _LEAST <= value <= _MOST:
+            raise ValueError(
+                f"load: {file}: {key} must be positive and finite in float32, got {value!r}"
+            )
+    rope = Rope(float(theta), kind, **{key: float(found[key]) for key in needed})
+    if kind == "llama3" and not rope.high_freq_factor > rope.low_freq_factor:
+        raise ValueError(
+            f"load: {file}: high_freq_factor must be above low_freq_factor "
+            f"{rope.low_freq_factor}, got {rope.high_freq_factor}"
+        )
+    return rope
 
 
 def angles(frequencies: np.ndarray, positions: Array, dtype: Any) -> tuple[Array, Array]:

@@ -87,13 +87,8 @@ def read_tokens(file: Path | None, folder: Path, config: DecoderConfig) -> Token
         rng = np.random.default_rng(0)
         shape = (8, min(_TOKENS, config.max_positions))
         return Tokens(rng.integers(0, config.vocab_size, shape), meaningful=False)
-    if file.suffix == ".npz":
-        with np.load(file) as arrays:
-            if "valid_ids" not in arrays:
-                raise ValueError(f"verify: {file} has no array valid_ids")
-            ids = arrays["valid_ids"]
-    elif file.suffix == ".npy":
-        ids = np.load(file)
+    if file.suffix in (".npy", ".npz"):
+        ids = _array(file)
     else:
         ids = _encoded(file, folder, min(_TOKENS, config.max_positions))
     if ids.ndim != 2 or min(ids.shape) < 2 or not np.issubdtype(ids.dtype, np.integer):
@@ -115,6 +110,25 @@ def read_tokens(file: Path | None, folder: Path, config: DecoderConfig) -> Token
     return Tokens(ids, meaningful=True)
 
 
+def _array(file: Path) -> np.ndarray:
+    """Of a .npy, or valid_ids of a .npz."""
+    try:
+        found = np.load(file)
+        kind, ids = ".npy", found
+        if not isinstance(found, np.ndarray):
+            with found:
+                kind, ids = ".npz", found.get("valid_ids")
+    except OSError:
+        raise
+    except Exception as error:  # of NumPy, zip and zlib, which have no class in common
+        raise ValueError(f"verify: {file} must be a whole {file.suffix}, got: {error}") from error
+    if kind != file.suffix:
+        raise ValueError(f"verify: {file} must be a {file.suffix}, got a {kind}")
+    if ids is None:
+        raise ValueError(f"verify: {file} has no array valid_ids")
+    return ids
+
+
 def _encoded(file: Path, folder: Path, tokens: int) -> np.ndarray:
     try:
         from tokenizers import Tokenizer
@@ -122,8 +136,17 @@ def _encoded(file: Path, folder: Path, tokens: int) -> np.ndarray:
         raise ImportError("verify needs tokenizers: pip install 'jax_awq[models]'") from error
     if not (folder / "tokenizer.json").is_file():
         raise FileNotFoundError(f"verify: {folder} has no tokenizer.json for the text of {file}")
-    text = file.read_text(encoding="utf-8")
-    ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"verify: {file} must be UTF-8 text, got: {error}") from error
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # tokenizers has no class of its own
+        raise ValueError(
+            f"verify: {folder / 'tokenizer.json'} must be a tokenizer, got: {error}"
+        ) from error
+    ids = tokenizer.encode(text).ids
     tokens = min(tokens, len(ids) // 4)
     if tokens < 2:
         raise ValueError(f"verify: {file} must have 8 tokens or more, got {len(ids)}")

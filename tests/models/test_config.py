@@ -156,6 +156,48 @@ def test_defaults(tmp_path):
         ),
         ("tiny-qwen3-moe", {"num_experts_per_tok": 9}, "num_experts_per_tok must be 1 to 8, got 9"),
         ("tiny-qwen3-moe", {"moe_intermediate_size": ...}, "has no moe_intermediate_size"),
+        ("tiny-qwen3-moe", {"decoder_sparse_step": 0}, "decoder_sparse_step must be 1 or more"),
+        *(
+            ("tiny-llama", {"rms_norm_eps": eps}, f"rms_norm_eps must be positive.*, got {eps}")
+            for eps in (0, -1e-6, float("nan"), float("inf"))
+        ),
+        ("tiny-llama", {"rms_norm_eps": 10**400}, "rms_norm_eps must be float, got 10"),
+        ("tiny-llama", {"max_position_embeddings": 0}, "max_position_embeddings must be 1 or more"),
+        ("tiny-llama", {"num_attention_heads": 0}, "num_attention_heads must be 1 .*, got 0"),
+        ("tiny-llama", {"num_key_value_heads": -2}, "num_key_value_heads must divide .*, got -2"),
+        ("tiny-llama", {"num_hidden_layers": 0}, "num_hidden_layers must be from 1 to 10000"),
+        ("tiny-llama", {"num_hidden_layers": 10**12}, "num_hidden_layers must be from 1 to 10000"),
+        ("tiny-llama", {"head_dim": 0}, "head_dim must be 1 or more, got 0"),
+        ("tiny-qwen3", {"layer_types": [["a"], {}]}, r"layer_types must name .* \[\['a'\], {}\]"),
+        *(
+            (
+                "tiny-llama",
+                {"rope_parameters": {"rope_theta": 500.0, **LLAMA3, key: value}},
+                f"{key} must be positive and finite in float32, got {value}",
+            )
+            for key in ("rope_theta", *list(LLAMA3)[1:])
+            for value in (0, -1.0, float("nan"))
+        ),
+        (
+            "tiny-llama",
+            {"rope_parameters": {"rope_type": "linear", "factor": 10**400}},
+            "factor must be positive and finite in float32, got 10",
+        ),
+        (
+            "tiny-llama",
+            {"rope_parameters": {**LLAMA3, "low_freq_factor": 4.0}},
+            "high_freq_factor must be above low_freq_factor 4.0, got 4.0",
+        ),
+        (
+            "tiny-llama",
+            {"rope_parameters": ..., "rope_scaling": {"rope_type": ["linear"], "factor": 2}},
+            r"rope_type must be one of .*, got \[\['linear'\]\]",
+        ),
+        (
+            "tiny-llama",
+            {"rope_parameters": {"rope_type": 1, "type": "x"}},
+            r"rope_type must be one of .*, got \[1, 'x'\]",
+        ),
     ],
 )
 def test_what_is_refused(tmp_path, name, change, message):
@@ -167,6 +209,8 @@ def test_what_is_refused(tmp_path, name, change, message):
 def test_options_that_are_refused(tmp_path):
     with pytest.raises(ValueError, match="layers must be 'unrolled' or 'stacked', got 'scan'"):
         models.load(GOLDEN / "tiny-llama", layers="scan")
+    with pytest.raises(ValueError, match="attention must be 'xla', 'cudnn' or None, got 'foo'"):
+        models.load(GOLDEN / "tiny-llama", attention="foo")
     with pytest.raises(ValueError, match=r"layers='stacked' needs equal layers.*\(None, 5\)"):
         models.load(GOLDEN / "tiny-qwen3", layers="stacked")
     with pytest.raises(TypeError, match="dtype must be float16, bfloat16 or float32, got float64"):
@@ -177,6 +221,7 @@ def test_options_that_are_refused(tmp_path):
         models.load(GOLDEN / "tiny-llama", dtype="fp16")
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
         models.load(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json is not JSON"):
-        models.load(tmp_path)
+    for text in ("{", "[" * 200_000):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"config\.json is not JSON"):
+            models.load(tmp_path)

@@ -144,6 +144,19 @@ def test_stream_is_generate():
     np.testing.assert_array_equal(model.generate(ids, 0), ids)
 
 
+@pytest.mark.parametrize("layers", ["unrolled", "stacked"])
+def test_with_64_bits(layers):
+    model, ids = load(layers=layers), tokens(2, 6)
+    mask = np.array([[0, 0, 1, 1, 1, 1], [1] * 6])
+    options = [{}, {"attention_mask": mask}, {"temperature": 1.5, "top_p": 0.9}]
+    want = [model.generate(ids, 4, eos_token_id=(), **o) for o in options]
+    with jax.enable_x64(True):
+        found = [model.generate(ids, 4, eos_token_id=(), **o) for o in options]
+    for a, b in zip(found[:2], want[:2], strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert found[2].shape == want[2].shape  # random numbers of 64 bits are others
+
+
 def test_seed_decides():
     model, ids = load(), tokens(4, 6)
     draw = functools.partial(model.generate, ids, 8, temperature=1.5, top_p=0.95, eos_token_id=())
@@ -179,6 +192,11 @@ def test_samples_have_the_frequencies_of_a_nucleus():
         ({"max_new_tokens": 127}, "2 tokens and 127 new ones exceed max_position_embeddings, 128"),
         ({"max_new_tokens": -1}, "max_new_tokens must be 0 or more, got -1"),
         ({"temperature": -0.5}, "temperature must be 0 or more, got -0.5"),
+        ({"temperature": float("nan")}, "temperature must be 0 or more, got nan"),
+        ({"input_ids": [[3_000_000_000]]}, "input_ids must be from 0 to 127, got 3000000000"),
+        ({"input_ids": [[2**70]]}, "input_ids must be integers .* object"),
+        ({"seed": 2**70}, f"seed must be an integer of 64 bits, got {2**70}"),
+        ({"eos_token_id": 2**31}, r"eos_token_id must be integers of 32 bits, got \[2147483648\]"),
         ({"top_p": 1.5}, "top_p must be from 0 to 1, got 1.5"),
         ({"attention_mask": [[1, 0]]}, "attention_mask must be 0 on the left and 1 to the end"),
         ({"attention_mask": [[0, 0]]}, "attention_mask must be 0 on the left and 1 to the end"),

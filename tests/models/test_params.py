@@ -247,6 +247,13 @@ def test_old_frequencies(tmp_path):
             lambda t: t.update({"model.embed_tokens.weight": np.ones((127, 64))}),
             r"embed_tokens.weight in .* must have shape \(128, 64\), got \(127, 64\)",
         ),
+        *(
+            (
+                lambda t, name=name: t.update({name: t[name].view(np.int16)}),
+                f"tensor {name} in .* must have a floating dtype, got int16",
+            )
+            for name in ("model.norm.weight", "lm_head.weight")
+        ),
         (
             lambda t: (
                 t.update({f"{Q}.{p}": t[f"{Q}.{p}"][:, :4] for p in ("qweight", "qzeros")})
@@ -263,3 +270,15 @@ def test_missing_unused_and_misshapen(tmp_path, change, message):
     with pytest.raises(ValueError, match=f"load: .*{message}") as caught:
         models.load(folder)
     assert str(folder) in str(caught.value)
+
+
+def test_experts_of_integers():
+    config = read_decoder_config(GOLDEN / "tiny-qwen3-moe")
+    with open_hf(GOLDEN / "tiny-qwen3-moe") as tensors:
+        tensors = {name: read for name, read in tensors.items() if ".experts." not in name}
+        shape = (8, 2 * config.experts.intermediate_size, config.hidden_size)
+        layer = config.experts.sparse.index(True)
+        name = f"model.layers.{layer}.mlp.experts.gate_up_proj"
+        tensors[name] = np.ones(shape, np.int16)
+        with pytest.raises(ValueError, match=f"load: tensor {name} in x must have a floating"):
+            assemble(tensors, config, place="x")
