@@ -290,7 +290,11 @@ def test_remat(case):
         for fn in (jax.checkpoint(case.of_floats), case.of_floats)
     )
     for g, w in zip(got, want, strict=True):
-        np.testing.assert_array_equal(g, w)
+        # Another program, in which XLA may add in another order.
+        w = np.asarray(w, np.float32)
+        np.testing.assert_allclose(
+            np.asarray(g, np.float32), w, rtol=1e-2, atol=1e-3 * np.abs(w).max()
+        )
 
 
 def test_scan_over_layers_with_remat(rng):
