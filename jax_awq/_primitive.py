@@ -35,7 +35,7 @@ class OpDef:
     """One op. No field has a default, so an op that lacks a rule fails at import."""
 
     name: str  # stem of all the op's files; FFI target "jax_awq.<name>"
-    out_avals: Rule  # (*operands, **params) -> (ShapeDtypeStruct, ...); validates, raises
+    out_avals: Rule  # (*operands, **params) -> (ShapeDtypeStruct, ...); the public op has checked
     reference: Rule  # (*operands, **params) -> (Array, ...); plain jnp, the test oracle
     plan: Rule  # (device or None, *operands, **params) -> KernelPlan; needs shapes only
     kernel: Rule  # (KernelPlan, *operands, **params) -> (Array, ...); calls the FFI target

@@ -223,3 +223,4 @@ CASES = {
     ),
     **W4A8_CASES,
 }
+OF_OPS = {case.op: case for case in CASES.values()}  # one of each

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import CASES
+from contract import CASES, OF_OPS
 from contract_case import E, K, auto_mesh
 from jax import export
 from jax.sharding import PartitionSpec as P
@@ -17,8 +17,7 @@ from jax_awq._primitive import OPS, OpDef
 from jax_awq.testing import assert_close, dequantize_float64, random_weight
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-_OF_OPS = {case.op: case for case in CASES.values()}
-every_op = pytest.mark.parametrize("case", _OF_OPS.values(), ids=_OF_OPS.keys())
+every_op = pytest.mark.parametrize("case", OF_OPS.values(), ids=OF_OPS.keys())
 
 
 def test_every_op_has_a_case():

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import CASES
+from contract import OF_OPS
 from contract_case import K, N, auto_mesh
 from jax import export
 from jax.sharding import PartitionSpec as P
@@ -17,7 +17,6 @@ from jax_awq import AWQWeight, KernelPlan, _ffi, _plan, awq_gemm, build_info, pl
 from jax_awq.testing import random_problem, random_weight
 
 WORKSPACE = 4096
-OF_OPS = {case.op: case for case in CASES.values()}  # one of each
 
 
 @pytest.fixture

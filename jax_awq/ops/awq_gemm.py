@@ -215,7 +215,7 @@ def _transpose(bind, cotangents, operands, index, **params):
             },
         )
         return _weight.sum_batch(dx, x)
-    x = x.astype(ct.dtype)
+    x = x.astype(ct.dtype)  # of the result: scales may be float32, and then have its range
     left, right = (ct, x) if params["transpose"] else (x, ct)
     products = call.dot(
         left.swapaxes(-1, -2), right, None, activation="none", out_dtype=jnp.float32
