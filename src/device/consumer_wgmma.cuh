@@ -15,6 +15,8 @@ template <typename T, typename S, int kTokens, int kOutputs>
 class WgmmaConsumer {
   using Tile = TmaTile<kTokens, kOutputs, 2>;
   static constexpr int kTiles = Tile::kTiles;
+  static constexpr int kSteps = Tile::kDepth / 16;
+  static constexpr int kTogether = kTiles == 1 && kTokens <= 64 ? 2 : 1;  // steps of a group of wgmmas
   static constexpr int kHalves = kTokens > 256 ? 2 : 1;  // wgmma has at most 256 columns
   using D = Dequant<T>;
   using Scale = std::conditional_t<std::is_same_v<T, S>, uint32_t, typename D::Scale>;
@@ -36,51 +38,11 @@ class WgmmaConsumer {
       for (int i = 0; i < kTokens / 2; ++i) acc[j][i] = 0.0f;
       PinRegisters(acc[j]);
     }
-    WgmmaFence();
-
-    const uint64_t x_tiles = SwizzledRows(Tile::X(shared_, 0));
-    uint32_t a[2][kTiles][4];
-    int group = -1;
-#pragma unroll 1
-    for (int i = 0; i < share.count; ++i) {
-      const int stage = at_.stage;
-      BarrierWait(Tile::Full(shared_, stage), at_.phase);
-      uint32_t codes[2][4];
-      if constexpr (!Tile::kFewRegisters) lane.LoadCodes(stage, codes);
-      const int depth = (share.first + i) * Tile::kDepth;
-      const uint64_t x = x_tiles + (stage * Tile::kXBytes >> 4);  // descriptors count 16 bytes
-#pragma unroll
-      for (int s = 0; s < 4; ++s) {
-        if (Tile::kFewRegisters && s % 2 == 0) lane.LoadCodes(stage, s / 2, codes[s / 2]);
-        if (s == 0 || (s == 2 && group_shift_ == 5)) {
-          const int now = (depth + 16 * s) >> group_shift_;
-          if (now != group) {
-            EnterGroup(stage, now - (depth >> group_shift_));
-            group = now;
-          }
-        }
-        // All but the newest group of wgmmas are done: these registers are free again.
-        WgmmaWait<1>();
-        if (s == 1 && i > 0) reader_.Release(at_.Previous());
-        Dequantize(codes[s / 2][s % 2 * 2], codes[s / 2][s % 2 * 2 + 1], a[s % 2]);
-        WgmmaFence();
-#pragma unroll
-        for (int j = 0; j < kTiles; ++j) {
-#pragma unroll
-          for (int h = 0; h < kHalves; ++h) {
-            Wgmma<T, kTokens / kHalves>(
-                reinterpret_cast<float(&)[kHalves][kTokens / kHalves / 2]>(acc[j])[h], a[s % 2][j],
-                x + 2 * s + h * (kTokens / kHalves * 128 >> 4));
-          }
-        }
-        WgmmaCommit();
-      }
-      at_.Advance();
+    if (1 << group_shift_ < Tile::kDepth) {
+      Multiply<true>(share, acc);
+    } else {
+      Multiply<false>(share, acc);
     }
-    WgmmaWait<0>();
-#pragma unroll
-    for (int j = 0; j < kTiles; ++j) PinRegisters(acc[j]);
-    reader_.Release(at_.Previous());
   }
 
   // Adds what another CTA has left of the same tile.
@@ -106,6 +68,72 @@ class WgmmaConsumer {
   const TmaLane<Tile> lane;
 
  private:
+  // A stage has kGroups groups of the weight, or is part of one.
+  template <bool kManyGroups>
+  __device__ __forceinline__ void Multiply(const Share& share, float (&acc)[kTiles][kTokens / 2]) {
+    constexpr int kGroupSteps = kManyGroups ? 2 : kSteps;
+    WgmmaFence();
+    const uint64_t x_tiles = SwizzledRows(Tile::X(shared_, 0));
+    uint32_t a[2][kTogether][kTiles][4];
+    int read = Tile::kNoStage;  // and not yet released
+    int first = share.first, end = share.first + share.count;
+#pragma unroll 1
+    while (true) {  // a group after the other
+      int stages = 1;
+      if constexpr (!kManyGroups) {
+        const int shift = group_shift_ - 6;
+        stages = min(end, ((first >> shift) + 1) << shift) - first;
+      }
+      first += stages;
+      BarrierWait(Tile::Full(shared_, at_.stage), at_.phase);
+      EnterGroup(at_.stage, 0);
+#pragma unroll 1
+      while (true) {
+        const int stage = at_.stage;
+        uint32_t codes[kSteps / 2][4];
+        if constexpr (!Tile::kFewRegisters) lane.LoadCodes(stage, codes);
+        const uint64_t x = x_tiles + (stage * Tile::kXBytes >> 4);  // descriptors count 16 bytes
+#pragma unroll
+        for (int s = 0; s < kSteps; s += kTogether) {
+          if (Tile::kFewRegisters && s % 2 == 0) lane.LoadCodes(stage, s / 2, codes[s / 2]);
+          if (s > 0 && s % kGroupSteps == 0) EnterGroup(stage, s / kGroupSteps);
+          // All but the newest group of wgmmas are done: these registers are free again.
+          WgmmaWait<1>();
+          if (s == kTogether) reader_.Release(read);
+          uint32_t(&own)[kTogether][kTiles][4] = a[s / kTogether % 2];
+#pragma unroll
+          for (int t = 0; t < kTogether; ++t) {
+            const int step = s + t;
+            Dequantize(codes[step / 2][step % 2 * 2], codes[step / 2][step % 2 * 2 + 1], own[t]);
+          }
+          WgmmaFence();
+#pragma unroll
+          for (int t = 0; t < kTogether; ++t) {
+#pragma unroll
+            for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+              for (int h = 0; h < kHalves; ++h) {
+                Wgmma<T, kTokens / kHalves>(
+                    reinterpret_cast<float(&)[kHalves][kTokens / kHalves / 2]>(acc[j])[h],
+                    own[t][j], x + 2 * (s + t) + h * (kTokens / kHalves * 128 >> 4));
+              }
+            }
+          }
+          WgmmaCommit();
+        }
+        read = stage;
+        at_.Advance();
+        if (--stages == 0) break;
+        BarrierWait(Tile::Full(shared_, at_.stage), at_.phase);
+      }
+      if (first >= end) break;
+    }
+    WgmmaWait<0>();
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) PinRegisters(acc[j]);
+    reader_.Release(read);
+  }
+
   __device__ void EnterGroup(int stage, int row) {
     uint32_t scales[2 * kTiles], zeros;
     lane.LoadGroup(stage, row, scales, &zeros);
