@@ -55,6 +55,7 @@ class TransposedConsumer {
 
     const uint64_t x_tiles = SwizzledRows(Tile::X(shared_, 0));
     uint32_t a[2][4];
+    int read = Tile::kNoStage;  // and not yet released
 #pragma unroll 1
     for (int i = 0; i < share.count; ++i) {
       const int stage = at_.stage;
@@ -79,7 +80,7 @@ class TransposedConsumer {
       for (int s = 0; s < kSteps; ++s) {
         // All but the newest group of wgmmas are done: these registers are free again.
         WgmmaWait<1>();
-        if (s == 1 && i > 0) reader_.Release(at_.Previous());
+        if (s == 1) reader_.Release(read);
 #pragma unroll
         for (int pair = 0; pair < 2; ++pair) {
           const int w = 2 * s + pair;
@@ -96,11 +97,12 @@ class TransposedConsumer {
         Wgmma<T, kTokens>(acc[0], a[s % 2], x + s / 4 * (kTokens * 128 >> 4) + s % 4 * 2);
         WgmmaCommit();
       }
+      read = stage;
       at_.Advance();
     }
     WgmmaWait<0>();
     PinRegisters(acc[0]);
-    reader_.Release(at_.Previous());
+    reader_.Release(read);
   }
 
   const Lane lane;

@@ -16,8 +16,11 @@ class WgmmaConsumer {
   using Tile = TmaTile<kTokens, kOutputs, 2>;
   static constexpr int kTiles = Tile::kTiles;
   static constexpr int kSteps = Tile::kDepth / 16;
-  static constexpr int kTogether = kTiles == 1 && kTokens <= 64 ? 2 : 1;  // steps of a group of wgmmas
   static constexpr int kHalves = kTokens > 256 ? 2 : 1;  // wgmma has at most 256 columns
+  // Steps of 16 that are a group of wgmmas, where registers are left and the tensor cores wait for
+  // what else a warp does.
+  static constexpr int kTogether =
+      kTiles == 1 && (kTokens <= 64 || kTokens * kOutputs == 128 * 128) ? 2 : 1;
   using D = Dequant<T>;
   using Scale = std::conditional_t<std::is_same_v<T, S>, uint32_t, typename D::Scale>;
 
@@ -68,23 +71,22 @@ class WgmmaConsumer {
   const TmaLane<Tile> lane;
 
  private:
-  // A stage has kGroups groups of the weight, or is part of one.
-  template <bool kManyGroups>
+  // A loop over stages within one over groups of the weight; with kTwoGroups a stage has two of 32
+  // rows. What a stage does besides dequantizing counts: under wgmma an instruction takes two
+  // clocks.
+  template <bool kTwoGroups>
   __device__ __forceinline__ void Multiply(const Share& share, float (&acc)[kTiles][kTokens / 2]) {
-    constexpr int kGroupSteps = kManyGroups ? 2 : kSteps;
+    constexpr int kGroupSteps = kTwoGroups ? 2 : kSteps;
     WgmmaFence();
     const uint64_t x_tiles = SwizzledRows(Tile::X(shared_, 0));
     uint32_t a[2][kTogether][kTiles][4];
-    int read = Tile::kNoStage;  // and not yet released
-    int first = share.first, end = share.first + share.count;
+    int read = Tile::kNoStage;                                             // and not yet released
+    const int most = kTwoGroups ? 1 : (1 << group_shift_) / Tile::kDepth;  // stages of a group
+    int left = share.count;
+    int stages = min(left, most - (share.first & (most - 1)));
 #pragma unroll 1
-    while (true) {  // a group after the other
-      int stages = 1;
-      if constexpr (!kManyGroups) {
-        const int shift = group_shift_ - 6;
-        stages = min(end, ((first >> shift) + 1) << shift) - first;
-      }
-      first += stages;
+    while (true) {
+      left -= kTwoGroups ? 1 : stages;
       BarrierWait(Tile::Full(shared_, at_.stage), at_.phase);
       EnterGroup(at_.stage, 0);
 #pragma unroll 1
@@ -123,10 +125,11 @@ class WgmmaConsumer {
         }
         read = stage;
         at_.Advance();
-        if (--stages == 0) break;
+        if (kTwoGroups || --stages == 0) break;
         BarrierWait(Tile::Full(shared_, at_.stage), at_.phase);
       }
-      if (first >= end) break;
+      if (left == 0) break;
+      stages = min(left, most);
     }
     WgmmaWait<0>();
 #pragma unroll

@@ -113,7 +113,7 @@ struct TmaTile : TmaTilePipeline<kTokens, kOutputs, kElementBytes, kTranspose> {
   // Can be copied for two CTAs side by side at once: x, which is most of what large tiles read.
   static constexpr bool kSharesX =
       kOutputs == 128 && !kTranspose && (Pipeline::kCodes || kTokens >= 160);
-  static constexpr bool kFewRegisters = kCtas > 1 && kTokens* kTiles > 64;
+  static constexpr bool kFewRegisters = kCtas > 1 && kTokens > 64;
   // Whether what every warp finishes is found before the loop over K: where registers are left.
   static constexpr bool kTurnsFirst = !Pipeline::kCodes && kTiles == 1 && kTokens <= 128;
   static constexpr bool kPersistent = kCtas == 1;  // takes tile after tile
@@ -185,9 +185,6 @@ struct StageCounter {
   __device__ void Advance() {
     stage += kStep;
     if (stage >= kStages) stage -= kStages, phase ^= 1;
-  }
-  __device__ int Previous() const {
-    return stage < kStep ? stage + kStages - kStep : stage - kStep;
   }
 };
 

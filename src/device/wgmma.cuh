@@ -58,7 +58,6 @@ __device__ __forceinline__ void Wgmma(SumOf<T> (&d)[kTokens / 2], const uint32_t
   kind(d[i]), kind(d[i + 1]), kind(d[i + 2]), kind(d[i + 3]), kind(d[i + 4]), kind(d[i + 5]), \
       kind(d[i + 6]), kind(d[i + 7])
 #define JAX_AWQ_SUMS16(kind, i) JAX_AWQ_SUMS8(kind, i), JAX_AWQ_SUMS8(kind, i + 8)
-#define JAX_AWQ_SUMS24(kind, i) JAX_AWQ_SUMS16(kind, i), JAX_AWQ_SUMS8(kind, i + 16)
 #define JAX_AWQ_SUMS32(kind, i) JAX_AWQ_SUMS16(kind, i), JAX_AWQ_SUMS16(kind, i + 16)
 #define JAX_AWQ_SUMS48(kind, i) JAX_AWQ_SUMS32(kind, i), JAX_AWQ_SUMS16(kind, i + 32)
 #define JAX_AWQ_SUMS64(kind, i) JAX_AWQ_SUMS32(kind, i), JAX_AWQ_SUMS32(kind, i + 32)
@@ -69,7 +68,6 @@ __device__ __forceinline__ void Wgmma(SumOf<T> (&d)[kTokens / 2], const uint32_t
 #define JAX_AWQ_SUMS128(kind, i) JAX_AWQ_SUMS64(kind, i), JAX_AWQ_SUMS64(kind, i + 64)
 #define JAX_AWQ_D8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define JAX_AWQ_D16 JAX_AWQ_D8 ", %8, %9, %10, %11, %12, %13, %14, %15"
-#define JAX_AWQ_D24 JAX_AWQ_D16 ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define JAX_AWQ_D32 \
   JAX_AWQ_D16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define JAX_AWQ_D48 \
@@ -110,7 +108,6 @@ __device__ __forceinline__ void Wgmma(SumOf<T> (&d)[kTokens / 2], const uint32_t
 
 JAX_AWQ_WGMMA_OF_EACH(16, 8, 9, 10, 11, 12, 13)
 JAX_AWQ_WGMMA_OF_EACH(32, 16, 17, 18, 19, 20, 21)
-JAX_AWQ_WGMMA_OF_EACH(48, 24, 25, 26, 27, 28, 29)
 JAX_AWQ_WGMMA_OF_EACH(64, 32, 33, 34, 35, 36, 37)
 JAX_AWQ_WGMMA_OF_EACH(96, 48, 49, 50, 51, 52, 53)
 JAX_AWQ_WGMMA_OF_EACH(128, 64, 65, 66, 67, 68, 69)
@@ -130,7 +127,6 @@ JAX_AWQ_WGMMA_OF_EACH(256, 128, 129, 130, 131, 132, 133)
 #undef JAX_AWQ_D64
 #undef JAX_AWQ_D48
 #undef JAX_AWQ_D32
-#undef JAX_AWQ_D24
 #undef JAX_AWQ_D16
 #undef JAX_AWQ_D8
 #undef JAX_AWQ_SUMS128
@@ -141,7 +137,6 @@ JAX_AWQ_WGMMA_OF_EACH(256, 128, 129, 130, 131, 132, 133)
 #undef JAX_AWQ_SUMS64
 #undef JAX_AWQ_SUMS48
 #undef JAX_AWQ_SUMS32
-#undef JAX_AWQ_SUMS24
 #undef JAX_AWQ_SUMS16
 #undef JAX_AWQ_SUMS8
 

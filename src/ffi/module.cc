@@ -62,24 +62,45 @@ nb::dict BuildInfo() {
   return info;
 }
 
-#ifdef JAX_AWQ_CUDA
 std::string CudaVersion(int version) {
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
-#endif
+
+// `driver` and `toolkit` as CUDA writes its versions, 13000 for 13.0; `driver` is 0 where there is
+// none. `ptx_arch` is the compute capability of a device that would run PTX of this build, or 0.
+std::string DriverProblemOf(int driver, int toolkit, int ptx_arch) {
+  // A driver runs machine code of any toolkit of its own major version, and of older ones, but
+  // compiles no PTX of a newer one.
+  const bool older_major = driver / 1000 < toolkit / 1000;
+  if (driver == 0 || driver >= toolkit || (!older_major && ptx_arch == 0)) return "";
+  const std::string problem = "the NVIDIA driver supports CUDA " + CudaVersion(driver) +
+                              ", but jax_awq was built with CUDA " + CudaVersion(toolkit);
+  if (older_major) {
+    return problem + ": update the driver, or build jax_awq with a toolkit the driver supports";
+  }
+  const std::string arch = std::to_string(ptx_arch);
+  // Plain sm_90 has no wgmma.
+  return problem + " and has only PTX for the GPU's sm_" + arch +
+         ", which the driver is too old to compile: update the driver, or build jax_awq with "
+         "JAX_AWQ_CUDA_ARCHITECTURES=" +
+         arch + (ptx_arch == 90 ? "a" : "") + "-real";
+}
 
 std::string DriverProblem() {
 #ifdef JAX_AWQ_CUDA
-  int driver = 0;  // stays 0 where there is no driver
+  int driver = 0;
+  int devices = 0;
   cudaDriverGetVersion(&driver);
-  // A driver runs what any toolkit of its own major version built, and of older ones.
-  if (driver > 0 && driver / 1000 < CUDART_VERSION / 1000) {
-    return "the NVIDIA driver supports CUDA " + CudaVersion(driver) +
-           ", but jax_awq was built with CUDA " + CudaVersion(CUDART_VERSION) +
-           ": update the driver, or build jax_awq with a toolkit the driver supports";
+  cudaGetDeviceCount(&devices);
+  int ptx_arch = 0;
+  for (int ordinal = 0; ordinal < devices; ++ordinal) {
+    const int arch = ComputeCapability(ordinal);
+    if (RunsFromPtx(arch)) ptx_arch = arch;
   }
-#endif
+  return DriverProblemOf(driver, CUDART_VERSION, ptx_arch);
+#else
   return "";
+#endif
 }
 
 DType ParseDType(const std::string& name) {
@@ -200,6 +221,10 @@ NB_MODULE(_ext, m) {
   m.def("build_info", &jax_awq::BuildInfo, "What this extension was built from.");
   m.def("driver_problem", &jax_awq::DriverProblem,
         "Why the CUDA driver cannot run this build; empty if it can, or if there is none.");
+  m.def("driver_problem_of", &jax_awq::DriverProblemOf, nb::kw_only(), "driver"_a, "toolkit"_a,
+        "ptx_arch"_a, "`driver_problem` of a driver, a toolkit and a GPU that is not here.");
+  m.def("runs_from_ptx", &jax_awq::RunsFromPtx, "arch"_a,
+        "Whether a GPU would run PTX of this build, for want of machine code.");
   m.def("plan_awq_gemm", &jax_awq::PlanGemm, nb::kw_only(), "m"_a, "n"_a, "k"_a, "batch"_a,
         "group_size"_a, "layout"_a, "x_dtype"_a, "scales_dtype"_a, "out_dtype"_a, "has_zeros"_a,
         "has_activation"_a, "transpose"_a, "split_k"_a, "batch_invariant"_a = false, "variant"_a,

@@ -1,8 +1,7 @@
 // For benchmarks alone: reads three buffers and does nothing with them.
 
-#include "kernels/read.h"
-
 #include "ffi/status.h"
+#include "kernels/memory.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_awq {
@@ -14,8 +13,8 @@ constexpr char kOp[] = "read";
 
 ffi::Error Read(Stream stream, int32_t device_ordinal, ffi::AnyBuffer a, ffi::AnyBuffer b,
                 ffi::AnyBuffer c, ffi::Result<ffi::Buffer<ffi::U32>> y, int64_t shape) {
-  if (shape < 0 || shape >= kReadShapes) {
-    return InvalidArgument(kOp, ": shape must be below ", kReadShapes, ", got ", shape);
+  if (shape < 0 || shape >= kMemoryShapes) {
+    return InvalidArgument(kOp, ": shape must be below ", kMemoryShapes, ", got ", shape);
   }
   if (y->element_count() != 1) return InvalidArgument(kOp, ": y must have one element");
   ReadProblem p = {};

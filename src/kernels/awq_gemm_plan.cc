@@ -80,13 +80,6 @@ const char* TransposedUnsupported(const AwqGemmProblem& p, const Device& device)
   return nullptr;
 }
 
-// Two CTAs share a processor's registers, and these products need two for a pair of scales.
-const char* TightTmaUnsupported(const AwqGemmProblem& p, const Device& device) {
-  if (const char* why = TmaUnsupported(p, device)) return why;
-  if (p.x_dtype != p.scales_dtype) return "x and scales have different dtypes";
-  return nullptr;
-}
-
 template <int kTokens>
 const char* FewUnsupported(const AwqGemmProblem& p, const Device& device) {
   if (const char* why = TooManyRows<kTokens>(p)) return why;
@@ -155,7 +148,6 @@ constexpr AwqGemmVariant kVariants[] = {
     {"tma_32x128", AwqGemmKernel::kTma, 32, 128, 64, 2, true, 0.275, TmaUnsupported},
     {"tma_32x192", AwqGemmKernel::kTma, 32, 192, 64, 1, true, 0.338, TmaUnsupported},
     {"tma_32x256", AwqGemmKernel::kTma, 32, 256, 64, 2, true, 0.41, TmaUnsupported},
-    {"tma_48x256", AwqGemmKernel::kTma, 48, 256, 64, 2, true, 0.44, TightTmaUnsupported},
     {"tma_64x128", AwqGemmKernel::kTma, 64, 128, 64, 2, true, 0.276, TmaUnsupported},
     {"tma_64x192", AwqGemmKernel::kTma, 64, 192, 64, 1, true, 0.381, TmaUnsupported},
     {"tma_64x256", AwqGemmKernel::kTma, 64, 256, 64, 1, true, 0.47, TmaUnsupported},
@@ -401,23 +393,40 @@ AwqGemmPlan PlanAwqGemm(const AwqGemmProblem& p, const Device& device, size_t wo
   return plan;
 }
 
-int EffectiveArch(int arch) {
+namespace {
+
 #ifdef JAX_AWQ_REAL_ARCHS
-  // Machine code runs within its major version, PTX on anything later.
-  constexpr int kReal[] = {JAX_AWQ_REAL_ARCHS 0};
-  constexpr int kVirtual[] = {JAX_AWQ_VIRTUAL_ARCHS 0};
+constexpr int kReal[] = {JAX_AWQ_REAL_ARCHS 0};
+constexpr int kVirtual[] = {JAX_AWQ_VIRTUAL_ARCHS 0};
+
+// Machine code runs within its major version, PTX on anything later. 0 where there is none.
+int NewestMachineCode(int arch) {
   int best = 0;
   for (int real : kReal) {
     if (real <= arch && real / 10 == arch / 10) best = std::max(best, real);
   }
-  if (best > 0) return best;
+  return best;
+}
+
+int NewestPtx(int arch) {
+  int best = 0;
   for (int ptx : kVirtual) {
     if (ptx <= arch) best = std::max(best, ptx);
   }
   return best;
-#else
-  return arch;
-#endif
 }
+#else
+int NewestMachineCode(int arch) { return arch; }
+int NewestPtx(int) { return 0; }
+#endif
+
+}  // namespace
+
+int EffectiveArch(int arch) {
+  const int machine_code = NewestMachineCode(arch);
+  return machine_code > 0 ? machine_code : NewestPtx(arch);
+}
+
+bool RunsFromPtx(int arch) { return EffectiveArch(arch) != NewestMachineCode(arch); }
 
 }  // namespace jax_awq

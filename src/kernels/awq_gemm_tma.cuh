@@ -448,9 +448,6 @@ cudaError_t LaunchTmaTiles(const AwqGemmPlan& plan, const AwqGemmParams& p, cuda
       return LaunchTmaTile<T, S, 32, 192>(plan, p, stream);
     case 32256:
       return LaunchTmaTile<T, S, 32, 256>(plan, p, stream);
-    case 48256:
-      if constexpr (std::is_same_v<T, S>) return LaunchTmaTile<T, S, 48, 256>(plan, p, stream);
-      return cudaErrorInvalidValue;
     case 64128:
       return LaunchTmaTile<T, S, 64, 128>(plan, p, stream);
     case 64192:

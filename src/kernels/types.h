@@ -61,6 +61,12 @@ struct Device {
 // in a build without device code. Code compiled from older PTX lacks the newer paths.
 int EffectiveArch(int arch);
 
+// Whether that code is PTX, which the driver compiles when it is loaded.
+bool RunsFromPtx(int arch);
+
+// That of the CUDA device `ordinal`, 90 for 9.0; 0 if there is no such device.
+int ComputeCapability(int ordinal);
+
 // Description of the CUDA device `ordinal`, read once.
 Device DescribeDevice(int ordinal);
 
