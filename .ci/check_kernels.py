@@ -32,6 +32,7 @@ SOURCES = {
     "int8_matmul.cu": 0,
     "int8_matmul_mma.cu": 0,
     "int8_matmul_tma.cu": 0,
+    "memory.cu": 0,
     "quantize_activation.cu": 0,
 }
 TENSOR_CORES = ("few", "mma", "tma", "wgmma")  # in which sources every kernel has to use them,

@@ -90,17 +90,23 @@ sanitize() { # tools and parts side by side: their instrumentation takes most of
     python3 benchmarks/sanitize.py --check "$OUT/$tool".*.counts || failed=1
   done
   python3 - "$OUT/sanitizers.json" "${results[@]}" <<'EOF'
-import json, sys
+import json, pathlib, sys
 from jax_awq.bench.report import environment
 
-tools = {}
+path, tools, ran = pathlib.Path(sys.argv[1]), {}, {}  # ran: tool -> op -> variant -> how often
 for result in sys.argv[2:]:
     tool, numbers = result.split("=")
     errors, code = json.loads(f"[{numbers}]")
-    tools.setdefault(tool, []).append({"errors": errors, "exit_code": code})
-result = environment() | {"command": "compute-sanitizer benchmarks/sanitize.py", "tools": tools}
-with open(sys.argv[1], "w", encoding="utf-8") as file:
-    file.write(json.dumps(result, indent=1) + "\n")
+    parts, ops = tools.setdefault(tool, []), ran.setdefault(tool, {})
+    counts = path.with_name(f"{tool}.{len(parts)}.counts")
+    for op, variants in json.loads(counts.read_text()).items() if counts.exists() else ():
+        total = ops.setdefault(op, {})
+        for variant, count in variants.items():
+            total[variant] = total.get(variant, 0) + count
+    parts.append({"errors": errors, "exit_code": code})
+command = "compute-sanitizer benchmarks/sanitize.py"
+result = environment() | {"command": command, "tools": tools, "ran": ran}
+path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 EOF
   return $failed
 }
@@ -119,7 +125,7 @@ for word in "$@"; do
     bench)
       # shellcheck disable=SC2086
       python3 -m jax_awq.bench awq_gemm --dtypes $DTYPES --json "$OUT/awq_gemm.json" &&
-        python3 -m jax_awq.bench awq_dequantize --json "$OUT/awq_dequantize.json"
+        python3 -m jax_awq.bench awq_dequantize --dtypes $DTYPES --json "$OUT/awq_dequantize.json"
       ;;
     models)
       python3 -m jax_awq.bench decode --layers unrolled --json "$OUT/decode.json" &&

@@ -5,11 +5,13 @@ Made to run under compute-sanitizer: benchmarks/gpu.sh does, in parts side by si
     python benchmarks/sanitize.py [--part 0/4] [--counts FILE]
     python benchmarks/sanitize.py --check FILE...
 
-With --check it adds up what parts have counted, and fails if a variant of awq_gemm never ran.
+With --check it adds up what parts have counted, and fails if a variant of awq_gemm never ran, or
+one that has a gradient of x not on a batch of weights.
 """
 
 import argparse
 import collections
+import functools
 import json
 import os
 
@@ -19,6 +21,7 @@ os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
 
 import pathlib
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +61,18 @@ PRODUCTS = (
     (130, 64, 17312, 64, jnp.bfloat16, "gemm", None),
 )
 
+# The same, for the gradient of x with so many weights in front of each other. Clusters and sums in
+# the workspace in every kernel, tiles in part, and rows of words that TMA does not take.
+BATCH = 3
+BATCHED_GRADIENTS = (
+    (5, 320, 288, 64, jnp.float16, "gemm", 3),
+    (35, 96, 1184, 32, jnp.bfloat16, "gemm", 9),
+    (20, 136, 72, -1, jnp.float16, "oc_major", 3),
+    (140, 200, 160, -1, jnp.bfloat16, "gemm", None),
+)
+OF_GRADIENTS = ("transposed_", "wgmma_", "mma_", "simt")  # how their names start
+GRADIENT_COUNTS = f"gradient of awq_gemm, {BATCH} weights"
+
 # M, K, N: every tile of int8_matmul whole and in part, K that no step divides, sums over splits.
 INTEGER_PRODUCTS = ((3, 17, 7), (70, 1024, 144), (300, 515, 272), (130, 2048, 256))
 
@@ -92,11 +107,12 @@ def main() -> int:
     part, parts = map(int, args.part.split("/"))
     counts = {
         "awq_gemm": products(PRODUCTS[part::parts]),
+        GRADIENT_COUNTS: batched_gradients(BATCHED_GRADIENTS[part::parts]),
         "awq_gemm_w4a8": w4a8_products(W4A8_PRODUCTS[part::parts]),
         "int8_matmul, int4_matmul": integer_products(INTEGER_PRODUCTS[part::parts]),
     }
     if part == 0:
-        conversions()
+        counts["conversions"] = conversions()
     for op, ran in counts.items():
         print(f"{op} by variant:", ", ".join(f"{v or 'any'} {n}" for v, n in ran.items()))
     if args.counts:
@@ -109,13 +125,17 @@ def check(files: list[pathlib.Path]) -> int:
 
 
 def check_counts(parts: list[dict[str, dict[str, int]]]) -> int:
-    """1 if a variant of awq_gemm never ran, in all parts together, or else 0."""
-    total: collections.Counter[str] = collections.Counter()
-    for counts in parts:
-        total.update(counts["awq_gemm"])
-    missing = [variant for variant, count in total.items() if count == 0]
-    print(f"{len(total)} variants of awq_gemm; never ran: {', '.join(missing) or 'none'}")
-    return 1 if missing or not total else 0
+    """1 if a variant that is counted never ran, in all parts together, or else 0."""
+    status = 0
+    for what in ("awq_gemm", GRADIENT_COUNTS):
+        total: collections.Counter[str] = collections.Counter()
+        for counts in parts:
+            total.update(counts[what])
+        missing = [variant for variant, count in total.items() if count == 0]
+        print(f"{what}, {len(total)} variants; never ran: {', '.join(missing) or 'none'}")
+        if missing or not total:
+            status = 1
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -128,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def product_problem(rng, m, k, n, group_size, dtype, layout, split):
+def product_problem(rng, m, k, n, group_size, dtype, layout, split, batch=()):
     return random_problem(
         rng,
         m,
@@ -139,6 +159,7 @@ def product_problem(rng, m, k, n, group_size, dtype, layout, split):
         layout=layout,
         bias=True,
         activation="silu" if split else None,
+        batch=batch,
     )
 
 
@@ -148,39 +169,56 @@ def products(problems) -> dict[str, int]:
     ran = dict.fromkeys(fused_variants(rng), 0)
     for m, k, n, group_size, dtype, layout, split in problems:
         problem = product_problem(rng, m, k, n, group_size, dtype, layout, split)
-        ct = np.asarray(rng.standard_normal((m, n)), dtype)
-        exact, reference = problem.float64(), problem.reference()
-        dx = ct.astype(np.float64) @ dequantize_float64(problem.weight).T
-
-        def transposed(ct, problem=problem, split=split):
-            def product(x):
-                return jax_awq.awq_gemm(x, problem.weight, split_k_iters=split)
-
-            return jax.linear_transpose(product, problem.x)(ct)[0]
-
-        with jax.default_device(jax.devices("cpu")[0]):
-            reference_dx = transposed(ct)
-        for variant in ran:
-            os.environ["JAX_AWQ_FORCE"] = variant
-            for run, wanted, near in (
-                (lambda p=problem, s=split: p.run(split_k_iters=s), exact, reference),
-                (lambda t=transposed, ct=ct: t(ct), dx, reference_dx),
-            ):
-                try:
-                    result = run()
-                except ValueError as error:
-                    if "cannot run" not in str(error):
-                        raise
-                    continue
-                assert_close(np.asarray(result), wanted, np.asarray(near))
-                ran[variant] += 1
-        os.environ["JAX_AWQ_FORCE"] = ""
+        product = functools.partial(problem.run, split_k_iters=split)
+        run_variants(ran, (product, problem.float64()), gradient(rng, problem, split))
     return ran
 
 
-def conversions() -> None:
-    """awq_dequantize, quantize_activation and dequantize_activation, bit for bit."""
+def batched_gradients(problems) -> dict[str, int]:
+    """How often each variant that has a gradient ran on a batch of weights."""
     rng = np.random.default_rng(0)
+    ran = dict.fromkeys((v for v in fused_variants(rng) if v.startswith(OF_GRADIENTS)), 0)
+    for row in problems:
+        run_variants(ran, gradient(rng, product_problem(rng, *row, batch=(BATCH,)), row[-1]))
+    return ran
+
+
+def gradient(rng, problem, split) -> tuple[Any, np.ndarray]:
+    """The transposed product of a random cotangent, and what it is in float64."""
+    weight = problem.weight
+    ct = rng.standard_normal((*problem.x.shape[:-1], weight.shape[-1])).astype(problem.x.dtype)
+
+    def run():
+        def product(x):
+            return jax_awq.awq_gemm(x, weight, split_k_iters=split)
+
+        return jax.linear_transpose(product, problem.x)(ct)[0]
+
+    return run, ct.astype(np.float64) @ dequantize_float64(weight).swapaxes(-1, -2)
+
+
+def run_variants(ran: dict[str, int], *calls: tuple[Any, np.ndarray]) -> None:
+    """Each call by each variant of `ran`, which counts those that can run."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        references = [np.asarray(run()) for run, _ in calls]
+    for variant in ran:
+        os.environ["JAX_AWQ_FORCE"] = variant
+        for (run, exact), reference in zip(calls, references, strict=True):
+            try:
+                result = run()
+            except ValueError as error:
+                if "cannot run" not in str(error):
+                    raise
+                continue
+            assert_close(np.asarray(result), exact, reference)
+            ran[variant] += 1
+    os.environ["JAX_AWQ_FORCE"] = ""
+
+
+def conversions() -> dict[str, int]:
+    """How often each op that multiplies nothing ran, its results bit for bit as they should be."""
+    rng = np.random.default_rng(0)
+    ran = dict.fromkeys(("awq_dequantize", "quantize_activation", "dequantize_activation"), 0)
     for k, n, group_size, layout in (
         (96, 136, 32, "gemm"),
         (100, 72, -1, "gemm"),
@@ -193,6 +231,7 @@ def conversions() -> None:
                 np.asarray(jax_awq.awq_dequantize(weight, dtype=dtype)),
                 dequantize_float64(weight).astype(dtype),
             )
+            ran["awq_dequantize"] += 1
     for m, k, group_size in ((3, 31, None), (5, 320, 64), (3, 2056, -1), (2, 70000, None)):
         x = jnp.asarray(rng.standard_normal((m, k)), jnp.float16)
         for bits in (8, 4):
@@ -208,6 +247,9 @@ def conversions() -> None:
                     np.testing.assert_array_equal(
                         qa.group_sums.sum(1), codes.sum(1, dtype=np.int32)
                     )
+                ran["quantize_activation"] += 1
+                ran["dequantize_activation"] += 1
+    return ran
 
 
 def w4a8_problem(rng, m, k, n, group_size, dtype, codes):

@@ -1,6 +1,7 @@
 """The benchmark: what its programs compile to, and its files and tables. Nothing is timed here."""
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -36,7 +37,7 @@ ROW = {
 
 
 OPTIONS = ["--shapes", "256x128", "--repeats", "1", "--min-weight-mb", "0", "--json"]
-GEMM = {name: impl for name, impl in impls.IMPLS["awq_gemm"].items() if name != "read"}
+GEMM = {name: impl for name, impl in impls.IMPLS["awq_gemm"].items() if not impl.kernel}
 
 
 def program(name, *, iterations, copies=3):
@@ -116,7 +117,7 @@ def test_floor():
     assert run.floor_us("awq_gemm", "xla_unpack", CASE) == pytest.approx((packed + x_and_y) / 4.6e6)
     dense = 256 * 128 * 2
     assert run.floor_us("awq_gemm", "xla_dense", CASE) == pytest.approx((dense + x_and_y) / 4.6e6)
-    for name in ("jax_awq", "xla_copy"):
+    for name in ("jax_awq", "copy", "xla_copy"):
         floor = run.floor_us("awq_dequantize", name, CASE)
         assert floor == pytest.approx((packed + dense) / 4.6e6)
 
@@ -283,11 +284,70 @@ def test_read_is_one_row_of_its_own(monkeypatch):
         min_weight_bytes=0,
     )
     assert [(row["impl"], row["M"]) for row in rows] == [("read", 0)]
-    assert set(launches) == set(range(6))
+    assert set(launches) == set(range(impls.LAUNCHES))
     assert rows[0]["floor_us"] == round(CASE.packed_bytes / run.read_rate() * 1e6, 3)
     lines = report.overview([*rows, ROW], "float16").splitlines()
     assert lines[2] == f"| read | {rows[0]['us']:.1f} |"
     assert lines[3].startswith("| 1 |")
+
+
+@pytest.mark.parametrize(
+    ("op", "problem", "moved"),
+    [
+        ("awq_dequantize", (256, 128), CASE.packed_bytes + CASE.dense_bytes),
+        ("quantize_activation", (256, 0), 128 * (256 * 3 + 4)),
+    ],
+)
+def test_copy_moves_what_the_op_moves(monkeypatch, op, problem, moved):
+    """Half of the bytes are read and half written, in every launch; no GPU here, as above."""
+    seen = []
+
+    def copy(x, a, *, launch):
+        seen.append((launch, a.nbytes))
+        return a + launch
+
+    ours = impls.IMPLS[op]["copy"]
+    monkeypatch.setitem(impls.IMPLS[op], "copy", dataclasses.replace(ours, run=copy))
+    (rows,) = run.run(
+        op,
+        [problems.Problem(*problem)],
+        [128] if ours.of_rows else [0],
+        ["float16"],
+        ["copy", "xla_copy"],
+        repeats=1,
+        min_seconds=0.0,
+        min_weight_bytes=0,
+    )
+    assert [row["impl"] for row in rows] == ["copy", "xla_copy"]
+    assert [row["floor_us"] for row in rows] == [round(moved / run.read_rate() * 1e6, 3)] * 2
+    assert {launch for launch, _ in seen} == set(range(impls.LAUNCHES))
+    assert [2 * size for _, size in seen] == pytest.approx([moved] * len(seen), rel=0.01)
+
+
+def test_copy_is_one_custom_call():
+    """Of a result like its operand, which is all it takes."""
+    x, a = jnp.zeros((1, 8), jnp.float16), jnp.zeros((3, 8), jnp.bfloat16)
+    traced = jax.jit(functools.partial(impls.copy, launch=2)).trace(x, a)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    (call,) = re.findall(r"custom_call @jax_awq.copy.*", text)
+    assert "shape = 2 : i64" in call
+    assert call.endswith("(tensor<3x8xbf16>) -> tensor<3x8xbf16>")
+
+
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [("awq_gemm", "read"), ("awq_dequantize", "copy"), ("quantize_activation", "copy")],
+)
+def test_kernels_of_the_benchmark_run_where_ours_do(monkeypatch, op, name):
+    others = [n for n, i in impls.IMPLS[op].items() if not (i.on_request or i.kernel)]
+    monkeypatch.setattr(bench, "kernels_run", lambda: True)
+    assert sorted(bench._impls(op, None)) == sorted([*others, name])
+    assert bench._impls(op, [name]) == [name]
+    monkeypatch.setattr(bench, "kernels_run", lambda: False)
+    assert bench._impls(op, None) == others
+    assert bench._impls(op, ["jax_awq"]) == ["jax_awq"]
+    with pytest.raises(SystemExit, match=f"--impls {name} needs a CUDA device and the kernels"):
+        bench._impls(op, ["jax_awq", name])
 
 
 def test_efficiency_is_the_limit_over_the_time():
@@ -365,13 +425,16 @@ def test_quantize_activation(tmp_path):
     assert main([*command, "--min-weight-mb", "0", "--json", str(file)]) == 0
     rows = json.loads(file.read_text())["rows"]
     assert {(row["impl"], row["M"]) for row in rows} == {
-        (name, m) for name in impls.IMPLS["quantize_activation"] for m in (8, 16)
+        (name, m)
+        for name, impl in impls.IMPLS["quantize_activation"].items()
+        for m in (8, 16)
+        if not impl.kernel
     }
     case = impls.Case(m=128, k=256, n=0, group_size=0, dtype="float16")
     for name, impl in impls.IMPLS["quantize_activation"].items():
         ((a,),) = impls.weights(impl, case, 1)
         assert a.nbytes == pytest.approx(impl.weight_bytes(case), rel=0.02)
-        if name != "copy":
+        if name not in ("copy", "xla_copy"):
             codes, _ = quantize_activation_numpy(a, bits=4 if name == "jax_awq_int4" else 8)
             result = impl.run(None, a)
             got = result[0] if name == "xla" else unpack_bytes(result.q, result.bits, 256)

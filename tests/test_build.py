@@ -13,6 +13,7 @@ import pytest
 
 import jax_awq
 from jax_awq._primitive import OPS
+from jax_awq.bench import impls
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = pathlib.Path(jax_awq.__file__).parent
@@ -67,10 +68,15 @@ def test_build_requires_the_oldest_supported_jaxlib():
 
 
 def test_ops_in_cpp_and_python_are_the_same():
-    bench_only = "read"  # no op of the library: nothing but a time comes of it
+    bench_only = ["copy", "read"]  # no ops of the library: nothing but a time comes of them
     same_kernels = "awq_gemm_w4a4"  # as awq_gemm_w4a8
     declared = [name for name, _ in declared_ops()]
-    assert sorted([*declared, same_kernels]) == sorted([*OPS, bench_only])
+    assert sorted([*declared, same_kernels]) == sorted([*OPS, *bench_only])
+
+
+def test_benchmark_knows_the_launches_of_its_kernels():
+    header = (ROOT / "src/kernels/memory.h").read_text()
+    assert re.findall(r"kMemoryShapes = (\d+);", header) == [str(impls.LAUNCHES)]
 
 
 def test_handlers_are_named_after_their_op():
@@ -121,6 +127,42 @@ def test_driver_problem_is_one_sentence():
     problem = _ext.driver_problem()
     assert isinstance(problem, str)
     assert "\n" not in problem
+
+
+@pytest.mark.parametrize("ptx_arch", [0, 75, 90])
+@pytest.mark.parametrize("driver", [0, 13010, 13020, 14000])
+def test_no_driver_or_one_as_new_as_the_toolkit_is_no_problem(driver, ptx_arch):
+    assert _ext.driver_problem_of(driver=driver, toolkit=13010, ptx_arch=ptx_arch) == ""
+
+
+@pytest.mark.parametrize("ptx_arch", [0, 75])
+def test_driver_of_an_older_major_version(ptx_arch):
+    assert _ext.driver_problem_of(driver=12090, toolkit=13000, ptx_arch=ptx_arch) == (
+        "the NVIDIA driver supports CUDA 12.9, but jax_awq was built with CUDA 13.0: update the "
+        "driver, or build jax_awq with a toolkit the driver supports"
+    )
+
+
+def test_driver_of_an_older_minor_version_runs_machine_code():
+    assert _ext.driver_problem_of(driver=13000, toolkit=13020, ptx_arch=0) == ""
+
+
+@pytest.mark.parametrize(("ptx_arch", "architecture"), [(75, "75-real"), (90, "90a-real")])
+def test_driver_of_an_older_minor_version_compiles_no_ptx(ptx_arch, architecture):
+    assert _ext.driver_problem_of(driver=13000, toolkit=13020, ptx_arch=ptx_arch) == (
+        "the NVIDIA driver supports CUDA 13.0, but jax_awq was built with CUDA 13.2 and has only "
+        f"PTX for the GPU's sm_{ptx_arch}, which the driver is too old to compile: update the "
+        f"driver, or build jax_awq with JAX_AWQ_CUDA_ARCHITECTURES={architecture}"
+    )
+
+
+def test_ptx_runs_where_there_is_no_machine_code():
+    built = [re.fullmatch(r"(sm|compute)_(\d+)\w?", a).groups() for a in INFO["architectures"]]
+    real = [int(arch) for kind, arch in built if kind == "sm"]
+    virtual = [int(arch) for kind, arch in built if kind == "compute"]
+    for arch in (70, 75, 80, 86, 89, 90, 100, 103, 110, 120, 121):
+        fits = any(r <= arch and r // 10 == arch // 10 for r in real)
+        assert _ext.runs_from_ptx(arch) == (not fits and any(v <= arch for v in virtual)), arch
 
 
 def plan_arguments(**changes) -> dict:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_awq.bench import arguments, decode, generate, plot, report
-from jax_awq.bench.impls import IMPLS, can_read
+from jax_awq.bench.impls import IMPLS, kernels_run
 from jax_awq.bench.run import read_rate, run
 from jax_awq.bench.timing import METHOD, MIN_WEIGHT_BYTES
 from jax_awq.problems import BENCH_PROBLEMS, BENCH_ROWS, PROBLEMS, W4A8_ROWS, Problem
@@ -86,14 +86,13 @@ def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
 
 def _impls(op: str, wanted: list[str] | None) -> list[str]:
     """Those named, or all that run here and do not ask to be named."""
+    impls = IMPLS[op]
+    here = [name for name, impl in impls.items() if not impl.kernel or kernels_run()]
     if wanted is None:
-        return [
-            name
-            for name, impl in IMPLS[op].items()
-            if not impl.on_request and (name != "read" or can_read())
-        ]
-    if "read" in wanted and not can_read():
-        raise SystemExit("--impls read needs a CUDA device and the kernels of jax_awq")
+        return [name for name in here if not impls[name].on_request]
+    for name in wanted:
+        if name not in here:
+            raise SystemExit(f"--impls {name} needs a CUDA device and the kernels of jax_awq")
     return wanted
 
 

@@ -74,6 +74,7 @@ class Impl:
       of_rows: whether the "weight" is what has M rows, and x is only there to be waited for.
       make_x: from a random key and a case to x, on the device.
       on_request: timed only where it is named.
+      kernel: runs nowhere but where our kernels do.
     """
 
     run: Callable[..., Any]
@@ -85,6 +86,7 @@ class Impl:
     of_rows: bool = False
     make_x: Callable[[Array, Case], Any] = make_x
     on_request: bool = False
+    kernel: bool = False
 
 
 def _packed(key: Array, case: Case) -> tuple[Array, ...]:
@@ -108,8 +110,8 @@ def _dense(key: Array, case: Case) -> tuple[Array, ...]:
 
 
 def _copied(key: Array, case: Case) -> tuple[Array, ...]:
-    """An array whose copy moves as many bytes as dequantizing does."""
-    rows = (case.packed_bytes + case.dense_bytes) // 2 // jnp.dtype(case.dtype).itemsize // case.n
+    """An array whose copy, half read and half written, moves as many bytes as dequantizing does."""
+    rows = _unpacked(case) // 2 // jnp.dtype(case.dtype).itemsize // case.n
     return (jax.random.normal(key, (rows, case.n), case.dtype),)
 
 
@@ -141,14 +143,22 @@ def gradient(dy: Array, *weight: Array) -> Array:
     return jax.linear_transpose(lambda x: jax_awq.awq_gemm(x, *weight), x)(dy)[0]
 
 
+LAUNCHES = 7  # of `read` and `copy`: kMemoryShapes of src/kernels/memory.h
+
+
 def read(x: Array, *weight: Array, launch: int) -> Array:
     """Streams the arrays of a weight through the device, for a benchmark only."""
     words = jax.ShapeDtypeStruct((1, 1), jnp.uint32)
     return _ffi.call("read", words, *weight, shape=launch)
 
 
-def can_read() -> bool:
-    return jax.default_backend() == "gpu" and "jax_awq.read" in _ffi.TARGETS
+def copy(x: Array, a: Array, *, launch: int) -> Array:
+    """Streams an array through the device and back, for a benchmark only."""
+    return _ffi.call("copy", jax.ShapeDtypeStruct(a.shape, a.dtype), a, shape=launch)
+
+
+def kernels_run() -> bool:
+    return jax.default_backend() == "gpu" and not _ffi.unavailable(on_device=True)
 
 
 def _codes(key: Array, shape: tuple[int, int]) -> Array:
@@ -226,6 +236,15 @@ def _quantize_impl(run: Callable[..., Any], moved: Callable[[Case], int] = _quan
     return Impl(lambda _, a: run(a), _activations, x_bytes, moved, of_rows=True, make_x=_one_row)
 
 
+def _copies(
+    make: Callable[[Array, Case], tuple[Array, ...]], moved: Callable[[Case], int], **of: Any
+) -> dict[str, Impl]:
+    """Of what `make` gives: elementwise by XLA, and by a kernel that does nothing else."""
+    xla = Impl(lambda x, a: a + x[0, 0], make, lambda c: moved(c) // 2, moved, **of)
+    ours = dataclasses.replace(xla, run=copy, launches=LAUNCHES, kernel=True)
+    return {"copy": ours, "xla_copy": xla}
+
+
 def _packed_impl(run: Callable[..., Any]) -> Impl:
     """A product with a packed weight."""
     return Impl(run, _packed, lambda c: c.packed_bytes, _packed_gemm)
@@ -239,8 +258,9 @@ _READ = Impl(
     _packed,
     lambda c: c.packed_bytes,
     lambda c: c.packed_bytes,
-    launches=6,
+    launches=LAUNCHES,
     takes_x=False,
+    kernel=True,
 )
 
 # By op, then by the name in a row.
@@ -284,7 +304,7 @@ IMPLS: dict[str, dict[str, Impl]] = {
             lambda c: c.packed_bytes,
             _unpacked,
         ),
-        "xla_copy": Impl(lambda x, a: a + x[0, 0], _copied, lambda c: _unpacked(c) // 2, _unpacked),
+        **_copies(_copied, _unpacked),
         "xla_unpack": Impl(
             lambda x, *w: xla_dequantize(x.dtype, *w), _packed, lambda c: c.packed_bytes, _unpacked
         ),
@@ -299,14 +319,7 @@ IMPLS: dict[str, dict[str, Impl]] = {
             functools.partial(jax_awq.quantize_activation, bits=4),
             lambda c: _quantized(c) - c.m * c.k // 2,
         ),
-        "copy": Impl(
-            lambda x, a: a + x[0, 0],
-            _copied_activations,
-            lambda c: _quantized(c) // 2,
-            _quantized,
-            of_rows=True,
-            make_x=_one_row,
-        ),
+        **_copies(_copied_activations, _quantized, of_rows=True, make_x=_one_row),
         "xla": _quantize_impl(xla_quantize),
     },
     "int8_matmul": _integers(8),

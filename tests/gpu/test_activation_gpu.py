@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gpu.variants import BF16, F16, F32, all_as_first, assert_same_bits
+from gpu.variants import BF16, F16, F32, all_as_first, assert_same_bits, run_twice
 
 from jax_awq import (
     QuantizedActivation,
@@ -40,25 +40,11 @@ def activations(rng, m, k, dtype):
     return x.astype(np.float32).astype(dtype)
 
 
-def poison(tree):
-    """Leaves other bits in free memory of these sizes, where the allocator looks first."""
-    arrays = [
-        jax.device_put(np.full(a.nbytes, 0x5A, np.uint8))
-        for a in jax.tree.leaves(tree)
-        for _ in range(3)
-    ]
-    for array in jax.block_until_ready(arrays):
-        array.delete()
-
-
-def assert_exact(call, wanted):
+def assert_exact(call, operand, wanted):
     """Asserts values as wanted, NaN where it is (of any payload), and twice the same bits."""
-    runs = []
-    for _ in range(2):
-        poison(wanted)
-        runs.append([np.asarray(leaf) for leaf in jax.tree.leaves(call())])
-    for got, again, want in zip(*runs, jax.tree.leaves(wanted), strict=True):
-        assert_same_bits(got, again)
+    like = jax.tree.leaves(wanted)
+    results = run_twice(call, (operand,), *like)
+    for got, want in zip(results, like, strict=True):
         assert (got.dtype, got.shape) == (want.dtype, want.shape)
         np.testing.assert_array_equal(got, want)
 
@@ -82,9 +68,9 @@ def test_a_scale_for_every_row(rng, m, k, dtype):
             groups = 0 if group_size is None else 1 if group_size == -1 else k // group_size
             options = {"bits": bits, "group_size": group_size}
             assert plan("quantize_activation", x, **options).route == "fused"
-            placed = jax.device_put(x)
             assert_exact(
-                lambda placed=placed, options=options: quantize_activation(placed, **options),
+                lambda x, options=options: quantize_activation(x, **options),
+                x,
                 by_definition(x, bits, groups),
             )
 
@@ -117,9 +103,9 @@ def test_one_scale_or_one_for_every_column(rng, m, k, granularity, dtype):
                 "granularity": "channel" if granularity == "channel" else "tensor",
             }
             assert plan("quantize_activation", x, **options, scale=scale).kernel == "columns"
-            placed = jax.device_put(x)
             assert_exact(
-                lambda p=placed, o=options: quantize_activation(p, scale=scale, **o),
+                lambda x, o=options: quantize_activation(x, scale=scale, **o),
+                x,
                 by_definition(x, bits, groups, given),
             )
 
@@ -153,8 +139,7 @@ def test_dequantize(rng, m, k, dtype, granularity, bits):
     wanted = (unpack_bytes(q, bits, k).astype(np.float32) * wide).astype(dtype)
     qa = QuantizedActivation(q, scale, bits=bits, granularity=granularity, k=k)
     assert plan("dequantize_activation", qa).route == "fused"
-    placed = jax.device_put(qa)
-    assert_exact(lambda: dequantize_activation(placed, dtype), wanted)
+    assert_exact(lambda qa: dequantize_activation(qa, dtype), qa, wanted)
 
 
 @pytest.mark.xdist_group("much_memory")

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from gpu.variants import BF16, F16, F32, all_as_first, assert_same_bits, poison
+from gpu.variants import BF16, F16, F32, all_as_first, assert_same_bits, run_twice
 
 from jax_awq import AWQWeight, awq_dequantize, plan
 from jax_awq.testing import dequantize_float64, random_weight
@@ -32,10 +32,8 @@ def test_bits(rng, k, n, group_size, layout, scales, options, dtype):
     weight = random_weight(rng, k, n, group_size=group_size, dtype=scales, layout=layout, **options)
     assert plan("awq_dequantize", weight).route == "fused"
     wanted = dequantize_float64(weight).astype(dtype)
-    weight = jax.device_put(weight)
-    for _ in range(2):
-        poison(wanted)
-        assert_same_bits(awq_dequantize(weight, dtype=dtype), wanted)
+    (w,) = run_twice(lambda weight: awq_dequantize(weight, dtype=dtype), (weight,), wanted)
+    assert_same_bits(w, wanted)
 
 
 def test_the_kernel_runs(rng):

@@ -10,7 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gpu.variants import BF16, F16, F32, OF_CODES, VARIANTS, assert_same_bits, poison
+from gpu.variants import (
+    ALLOCATED,
+    BF16,
+    F16,
+    F32,
+    MOST_ROWS,
+    OF_CODES,
+    VARIANTS,
+    assert_same_bits,
+    run_twice,
+)
 
 from jax_awq import AWQWeight, _ffi, awq_gemm, awq_gemm_w4a4, awq_gemm_w4a8, plan
 from jax_awq.testing_w4a8 import CODES, assert_solves, random_w4a8_problem
@@ -87,7 +97,7 @@ def planned(problem, x) -> Any:
     return plan("awq_gemm_w4a8", x, problem.base.weight, **options)
 
 
-def check(problem, x, found, judge=assert_solves):
+def check(problem, x, found, judge=assert_solves, guarded=False):
     """By the custom calls of the plan `found`: right, and twice the same bits."""
     if found.route == "reference" and problem.codes == "float8_e4m3fn":
         # On a GPU XLA divides approximately: only of a power of two is the inverse the oracle's.
@@ -97,24 +107,19 @@ def check(problem, x, found, judge=assert_solves):
         base = dataclasses.replace(problem.base, weight=weight)
         return dataclasses.replace(problem, base=base).run(x)
 
-    operands = jax.device_put((x, problem.base.weight))
+    operands = x, problem.base.weight
     # A function object of its own: JAX would find the program of another variant again.
     lowered = jax.jit(lambda *a: fn(*a)).lower(*operands)
     calls = {"fused": ["awq_gemm_w4a8"], "group_products": ["quantize_activation"]}
     wanted = calls.get(found.route, []) if x is problem.base.x or found.route == "fused" else []
     assert re.findall(r"@jax_awq\.(\w+)\(", lowered.as_text()) == wanted
-    compiled = lowered.compile()
     like = np.zeros(lowered.out_info.shape, lowered.out_info.dtype)
-    runs = []
-    for _ in range(2):
-        poison(np.zeros(found.workspace_bytes // 4, F32))
-        poison(like)
-        runs.append(np.asarray(compiled(*operands)))
-    assert_same_bits(*runs)
-    judge(runs[0], problem, found.kernel)
+    workspace = np.zeros(found.workspace_bytes // 4, F32)
+    (y,) = run_twice(lowered.compile(), operands, like, also=[workspace], guarded=guarded)
+    judge(y, problem, found.kernel)
 
 
-def check_forced(force, variant, problem, x, judge=assert_solves) -> bool:
+def check_forced(force, variant, problem, x, judge=assert_solves, guarded=False) -> bool:
     """`check` of a variant; False where it cannot run, which the error says."""
     force(variant)
     try:
@@ -124,7 +129,7 @@ def check_forced(force, variant, problem, x, judge=assert_solves) -> bool:
             raise
         return False
     assert (found.route, found.kernel) == ("fused", variant)
-    check(problem, x, found, judge)
+    check(problem, x, found, judge, guarded)
     return True
 
 
@@ -147,6 +152,16 @@ def test_kernels_of_bytes(force, case, codes, variant):
     check_forced(force, variant, p, p.base.x)
     if codes != "float8_e4m3fn":
         check_forced(force, variant, p, p.quantized())
+
+
+@pytest.mark.parametrize("variant", [*FUSED, *OF_CODES])
+def test_nothing_is_written_beside_the_result(force, variant):
+    """Tiles in part, and a result that ends where the allocator's memory does."""
+    m = MOST_ROWS.get(variant, 300)
+    p = problem_of((m, 512, 160, -1, {"out_dtype": F32}), "int8")
+    assert m * 160 * 4 % ALLOCATED == 0
+    ran = check_forced(force, variant, p, p.base.x, guarded=True)
+    assert ran or variant not in OF_CODES or not can_run_codes()
 
 
 def test_every_kernel_of_bytes_runs_enough():

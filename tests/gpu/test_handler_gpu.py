@@ -139,3 +139,26 @@ def test_smaller_workspace_than_planned(rng, variant, force):
         assert_close(results[-1], p.float64(), p.reference())
     force(variant)
     assert_same_bits(results[0], awq_gemm(p.x, p.weight, split_k_iters=1))
+
+
+@pytest.mark.parametrize("size", [16, 4096 + 16, 3 * 1024 * 1024 + 48])
+@pytest.mark.parametrize("launch", range(7))
+def test_copy(rng, size, launch):
+    """What benchmarks hold kernels against moves every byte."""
+    x = rng.integers(0, 256, size, np.uint8)
+    y = _ffi.call("copy", jax.ShapeDtypeStruct(x.shape, x.dtype), jnp.asarray(x), shape=launch)
+    assert_same_bits(y, x)
+
+
+@pytest.mark.parametrize(
+    ("size", "result", "launch", "text"),
+    [
+        (24, 24, 0, "copy: x must be a multiple of 16 bytes, got 24"),
+        (32, 16, 0, "copy: y must have 32 bytes as x, got 16"),
+        (32, 32, 7, "copy: shape must be below 7, got 7"),
+    ],
+)
+def test_copy_refuses(size, result, launch, text):
+    y = jax.ShapeDtypeStruct((result,), jnp.uint8)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=text):
+        np.asarray(_ffi.call("copy", y, jnp.zeros(size, jnp.uint8), shape=launch))

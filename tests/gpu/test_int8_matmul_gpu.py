@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gpu.variants import BF16, F16, F32, assert_same_bits, poison
+from gpu.variants import ALLOCATED, BF16, F16, F32, assert_same_bits, run_twice
 
 from jax_awq import _ffi, int4_matmul, int8_matmul, plan
 from jax_awq.testing import assert_close
@@ -62,7 +62,7 @@ def problem_of(bits, index, batch=()):
     return random_int_problem(rng, m, k, n, bits=bits, out_dtype=dtype, batch=batch, **options)
 
 
-def check(force, variant, problem, fn, *operands, exact):
+def check(force, variant, problem, fn, *operands, exact, guarded=False):
     """Forces `variant` on `fn`: it is right, and twice the same; or the error says why not."""
     op = f"int{problem.bits}_matmul"
     target = jax.devices()[0]
@@ -79,20 +79,15 @@ def check(force, variant, problem, fn, *operands, exact):
     (call,) = re.findall(r"@jax_awq\.(\w+)\(.*", lowered.as_text())
     assert call == op
     assert f'variant = "{variant}"' in lowered.as_text()
-    compiled = lowered.compile()
-    operands = jax.device_put(operands)
-    results = []
-    for _ in range(2):
-        poison(np.zeros(exact.shape, problem.out_dtype if problem.out_dtype != I32 else F32))
-        results.append(np.asarray(compiled(*operands)))
+    like = np.zeros(exact.shape, problem.out_dtype)
+    (y,) = run_twice(lowered.compile(), operands, like, guarded=guarded)
     if problem.out_dtype == I32:
-        np.testing.assert_array_equal(results[0], exact)
+        np.testing.assert_array_equal(y, exact)
     else:
         force("")
         with jax.default_device(jax.devices("cpu")[0]):
             reference = np.asarray(jax.jit(lambda *o: fn(*o))(*(np.asarray(o) for o in operands)))
-        assert_close(results[0], exact, reference)
-    assert_same_bits(*results)
+        assert_close(y, exact, reference)
 
 
 def product(problem):
@@ -115,6 +110,17 @@ def test_product(index, bits, variant, force):
     fn, operands = product(problem)
     exact = problem.sums() if problem.out_dtype == I32 else problem.float64()
     check(force, variant, problem, fn, *operands, exact=exact)
+
+
+@every_variant
+@every_width
+@pytest.mark.parametrize("m", [64, 257])
+def test_nothing_is_written_beside_the_result(m, bits, variant, force):
+    """Tiles in part, and a result that ends where the allocator's memory does."""
+    problem = random_int_problem(np.random.default_rng(m), m, 384, 704, bits=bits)
+    fn, operands = product(problem)
+    assert m * 704 * 4 % ALLOCATED == 0
+    check(force, variant, problem, fn, *operands, exact=problem.sums(), guarded=True)
 
 
 @every_variant

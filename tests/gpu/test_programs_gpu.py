@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gpu.thunks import as_executed, calls_in_command_buffers
 from gpu.variants import (
     BF16,
     F16,
@@ -68,10 +69,26 @@ def python(*command, **env):
     return done.stdout
 
 
-@pytest.mark.parametrize("min_graph_size", [1, 1_000_000], ids=["always", "never"])
-def test_command_buffers(min_graph_size):
-    flags = f"--xla_gpu_graph_min_graph_size={min_graph_size}"
-    assert "same bits" in python("-c", COMMAND_BUFFERS, XLA_FLAGS=flags)
+COMMAND_BUFFER_CALLS = 9  # at least: those in the bodies of the three loops
+COMMAND_BUFFER_FLAGS = {
+    "always": "--xla_gpu_graph_min_graph_size=1",
+    "never": "--xla_gpu_graph_min_graph_size=1000000 --xla_gpu_enable_command_buffer=",
+}
+
+
+@pytest.mark.parametrize("when", ["always", "never"])
+def test_command_buffers(when, tmp_path):
+    """The same bits, from calls all of which, or none, lie in command buffers."""
+    flags = f"--xla_dump_to={tmp_path} {COMMAND_BUFFER_FLAGS[when]}"
+    told = python("-c", COMMAND_BUFFERS, XLA_FLAGS=flags, JAX_ENABLE_COMPILATION_CACHE="0")
+    assert "same bits" in told
+    inside = [
+        call
+        for file in tmp_path.glob("*.thunk_sequence.txt")
+        for call in calls_in_command_buffers(as_executed(file).read_text())
+    ]
+    assert len(inside) >= COMMAND_BUFFER_CALLS, sorted(file.name for file in tmp_path.iterdir())
+    assert set(inside) == {when == "always"}
 
 
 @pytest.mark.parametrize("layout", ["gemm", "gemv", "oc_major"])

@@ -1,11 +1,13 @@
 """The kernel variants of `awq_gemm`, problems for each of them, and how one is forced and judged.
 
-Guard bytes around results are beyond a JAX program: compute-sanitizer watches the bounds instead.
+A program cannot place its results, but a test can see where they are: `Surroundings` leaves them
+no other memory of their size than what lies between guards.
 """
 
 import dataclasses
 import functools
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -35,7 +37,6 @@ VARIANTS = (
     "tma_32x128",
     "tma_32x192",
     "tma_32x256",
-    "tma_48x256",
     "tma_64x128",
     "tma_64x192",
     "tma_64x256",
@@ -173,14 +174,26 @@ def refusals(function: Any, *operands: Any) -> dict[str, str]:
     return dict(OPS["awq_gemm"].plan(jax.devices()[0], *avals, **eqn.params).refused)
 
 
+TRIES = 16
+ALLOCATED = 256  # bytes: the allocator gives multiples of it
+OTHER_BITS = 0x5A  # in every byte
+
+
 def check(
-    force: Any, variant: str, function: Any, *operands: Any, exact: np.ndarray, reference: Any
+    force: Any,
+    variant: str,
+    function: Any,
+    *operands: Any,
+    exact: np.ndarray,
+    reference: Any,
+    guarded: bool = False,
 ) -> None:
     """Forces `variant` on `function`: it is right, and twice the same; or the error says why not.
 
     Args:
       exact: what `function` gives in float64.
       reference: what plain JAX gives in the same dtypes.
+      guarded: as for `run_twice`.
     """
     refused = refusals(function, *operands)
     assert set(refused) < {*VARIANTS, *OF_GRADIENTS, *OF_CODES}
@@ -194,14 +207,8 @@ def check(
         return
     lowered = program.lower(*operands)
     assert_forced(lowered.as_text(), variant)
-    compiled = lowered.compile()
-    operands = jax.device_put(operands)  # before the NaNs, whose memory is for results
-    results = []
-    for _ in range(2):
-        poison(reference)
-        results.append(np.asarray(compiled(*operands)))
-    assert_close(results[0], exact, reference)
-    assert_same_bits(*results)
+    (y,) = run_twice(lowered.compile(), operands, reference, guarded=guarded)
+    assert_close(y, exact, reference)
 
 
 def assert_forced(text: str, variant: str) -> None:
@@ -214,12 +221,106 @@ def assert_forced(text: str, variant: str) -> None:
         assert f'variant = "{variant}"' in text
 
 
-def poison(like: np.ndarray) -> None:
-    """Leaves NaNs in free memory of that size, where the allocator looks first for a result."""
-    nans = np.full(like.shape, np.nan, like.dtype)
-    for array in [jax.device_put(nans) for _ in range(4)]:
-        array.block_until_ready()
-        array.delete()
+def run_twice(
+    program: Any, operands: Any, *like: Any, also: Any = (), guarded: bool = False
+) -> list[np.ndarray]:
+    """The results of a program: twice the same bits, and nothing written beside them.
+
+    What it does not write is NaN, or `OTHER_BITS` in integers. Its operands stay as they are.
+
+    Args:
+      operands: numpy arrays, or trees of them.
+      like: numpy arrays as the results.
+      also: the same for other memory that it may take.
+      guarded: whether all of the results have to lie in `Surroundings`, as they mostly do.
+    """
+    placed = jax.device_put(operands)  # before the NaNs, whose memory is for results
+    runs = []
+    for _ in range(2):
+        results = surrounded(lambda _: program(*placed), *like, also=also, guarded=guarded)
+        runs.append([np.asarray(r) for r in results])
+    for before, after in zip(jax.tree.leaves(operands), jax.tree.leaves(placed), strict=True):
+        if np.asarray(after).tobytes() != np.asarray(before).tobytes():
+            raise AssertionError(f"an operand of shape {after.shape} was written")
+    for first, second in zip(*runs, strict=True):
+        assert_same_bits(first, second)
+    return runs[0]
+
+
+def surrounded(
+    run: Callable[["Surroundings"], Any], *like: Any, also: Any = (), guarded: bool = False
+) -> list[Any]:
+    """Results of `run`, given their surroundings, which it has not touched; see `run_twice`."""
+    elsewhere = []
+    for _ in range(TRIES if guarded else 1):
+        around = Surroundings(*like, *also)
+        results = jax.block_until_ready(jax.tree.leaves(run(around)))
+        around.assert_untouched()
+        if not guarded or all(around.holds(r) for r in results):
+            return results
+        elsewhere.append(results)  # kept, so that the next ones find this memory taken
+    raise AssertionError(f"{TRIES} times a result was not where guards are around it")
+
+
+class Surroundings:
+    """Free memory that holds NaNs, between arrays of NaNs that stay, for results of given sizes.
+
+    The allocator takes the smallest free part that is large enough, the first of several. So these
+    arrays fill whatever is free and of a result's size, and then some of them, between others, are
+    given back. The last bytes up to a multiple of `ALLOCATED` are no guards.
+    """
+
+    def __init__(self, *like: Any) -> None:
+        self._guards: list[tuple[jax.Array, np.ndarray]] = []
+        self._free: set[int] = set()
+        given_back = []
+        for nans in (_nans(a) for a in like if a.nbytes):
+            size = -(-nans.nbytes // ALLOCATED) * ALLOCATED
+            arrays: dict[int, jax.Array] = {}
+            free: list[int] = []
+            for _ in range(8):  # times: at first they may fill gaps and have no neighbours
+                more = jax.block_until_ready([jax.device_put(nans) for _ in range(7)])
+                arrays |= {address(a): a for a in more}
+                free = between_others(list(arrays), size)
+                if len(free) >= 2:  # one for the result, one for other memory of its size
+                    break
+            self._free |= set(free)
+            for start, array in arrays.items():
+                if free and start not in free:
+                    self._guards.append((array, nans))
+                else:  # also all of them, which still hold NaNs, where none is between others
+                    given_back.append(array)
+        for array in given_back:  # only now: the next arrays would have taken it
+            array.delete()
+
+    def holds(self, result: jax.Array) -> bool:
+        """Whether a result lies there."""
+        return address(result) in self._free
+
+    def assert_untouched(self) -> None:
+        for guard, nans in self._guards:
+            if np.asarray(guard).tobytes() != nans.tobytes():
+                raise AssertionError(f"bytes beside a result of shape {nans.shape} were written")
+
+
+def between_others(addresses: list[int], size: int) -> list[int]:
+    """Of parts of `size` bytes every second that has one on each side, which is not in the list."""
+    found: list[int] = []
+    for start in sorted(addresses):
+        sides = {start - size, start + size}
+        if sides <= set(addresses) and sides.isdisjoint(found):
+            found.append(start)
+    return found
+
+
+def address(array: jax.Array) -> int:
+    return array.unsafe_buffer_pointer()
+
+
+def _nans(like: Any) -> np.ndarray:
+    if jnp.issubdtype(like.dtype, jnp.floating):
+        return np.full(like.shape, np.nan, like.dtype)
+    return np.full(like.nbytes, OTHER_BITS, np.uint8).view(like.dtype).reshape(like.shape)
 
 
 @jax.jit
