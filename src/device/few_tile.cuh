@@ -54,6 +54,7 @@ struct FewTile : TmaPipeline<kTokens, 2, 2, 128, TeamsOf(kWarps, kTokens).stages
   static constexpr int kChunkBytes = kUnits * Unit::kBytes;
   static constexpr int kInboxBarrierAt = Pipeline::kPipelineBytes;
   static constexpr int kTeamSumsAt = kInboxBarrierAt + 16;
+  static_assert(kTeamSumsAt % 16 == 0);
   static constexpr int kTeamSumBytes = (kTeams - 1) * kChunkBytes;  // of a chunk
   static constexpr int kInboxAt = Unit::Aligned(kTeamSumsAt + kWarps * kTeamSumBytes);
   static constexpr int kSharedBytes =

@@ -47,7 +47,7 @@ struct TmaPipeline {
   static constexpr int kZerosAt = kScalesAt + kStages * kScaleBytes;
   static constexpr int kBarriersAt = kZerosAt + kStages * kZeroBytes;
   static constexpr int kNoStage = kStages;  // its Empty is a barrier that nobody waits for
-  static constexpr int kPipelineBytes = kBarriersAt + 8 * (2 * kStages + 1);
+  static constexpr int kPipelineBytes = kBarriersAt + 16 * (kStages + 1);
 
   __device__ static uint32_t Words(uint32_t shared, int s) {
     return shared + kWordsAt + s * kWordBytes;

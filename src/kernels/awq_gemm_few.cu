@@ -23,10 +23,10 @@ namespace {
 struct FewParams {
   CUtensorMap words, scales, zeros, x;
   AwqGemmParams p;
-  Share::Even steps;          // of the members of a cluster
-  int x_rows;                 // of x: what lies outside a tensor takes longer to fill than to copy
-  int group_rows;             // of a box of scales or zeros
-  int batch_x, batch_weight;  // 1 where every batch entry has its own, 0 where all share one
+  Share::Even steps;  // of the members of a cluster
+  int x_rows;         // of x: what lies outside a tensor takes longer to fill than to copy
+  int group_rows;     // of a box of scales or zeros
+  int batch_x;        // 1 where every batch entry has its own, 0 where all share one
 };
 
 constexpr int kBarriersReady = 1;  // named barriers of a CTA
@@ -43,7 +43,7 @@ __device__ __forceinline__ void Produce(const FewParams& params, const Share& sh
   const bool has_zeros = p.buffers.weight.qzeros != nullptr;
   const int output0 = blockIdx.y * Tile::kOutputs;
   const int x_batch = blockIdx.z * params.batch_x;
-  const int weight_batch = blockIdx.z * params.batch_weight;
+  const BatchOfParts of(p.buffers.weight, blockIdx.z);
   const uint32_t bytes =
       params.x_rows * Tile::kDepth * 2 + Tile::kDepth * Tile::kOutputs / 2 +
       params.group_rows * (Tile::kOutputs * 2 + (has_zeros ? Tile::kOutputs / 2 : 0));
@@ -53,10 +53,10 @@ __device__ __forceinline__ void Produce(const FewParams& params, const Share& sh
     const int depth = (share.first + i) * Tile::kDepth;
     const int group = depth >> group_shift;
     BarrierArriveExpecting(barrier, bytes);
-    CopyBox(Tile::Words(shared, stage), &params.words, output0 / 8, depth, weight_batch, barrier);
-    CopyBox(Tile::Scales(shared, stage), &params.scales, output0, group, weight_batch, barrier);
+    CopyBox(Tile::Words(shared, stage), &params.words, output0 / 8, depth, of.words, barrier);
+    CopyBox(Tile::Scales(shared, stage), &params.scales, output0, group, of.scales, barrier);
     if (has_zeros) {
-      CopyBox(Tile::Zeros(shared, stage), &params.zeros, output0 / 8, group, weight_batch, barrier);
+      CopyBox(Tile::Zeros(shared, stage), &params.zeros, output0 / 8, group, of.zeros, barrier);
     }
   };
   const auto copy_x = [&](int stage, int i) {
@@ -258,15 +258,13 @@ cudaError_t LaunchTile(const AwqGemmParams& p, cudaStream_t stream) {
   params.x_rows = static_cast<int>(p.m);
   params.group_rows = std::max(1, Tile::kDepth >> w.group_shift);
   params.batch_x = p.buffers.x_stride != 0;
-  params.batch_weight = w.qweight_stride != 0;
   const CUtensorMapDataType type = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                                              : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const int64_t x_batch = params.batch_x ? p.batch : 1;
   if (!maps->Encode(&params.x, type, sizeof(T), p.buffers.x, w.k, p.m, x_batch, Tile::kPartDepth,
                     params.x_rows, CU_TENSOR_MAP_SWIZZLE_128B) ||
-      !maps->EncodeWeight(&params.words, &params.scales, &params.zeros, w,
-                          params.batch_weight ? p.batch : 1, Tile::kOutputs, Tile::kDepth,
-                          params.group_rows, Tile::kWordRowBytes,
+      !maps->EncodeWeight(&params.words, &params.scales, &params.zeros, w, p.batch, Tile::kOutputs,
+                          Tile::kDepth, params.group_rows, Tile::kWordRowBytes,
                           CU_TENSOR_MAP_L2_PROMOTION_NONE)) {
     return cudaErrorInvalidValue;
   }

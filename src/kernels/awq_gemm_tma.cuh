@@ -28,12 +28,12 @@ struct AwqGemmTmaParams {
   // Of a box of x and of sums, of which each member has kXBoxes; the second is for the last row of
   // tiles and has no more than are left: what lies outside takes longer to fill than to copy.
   int x_rows[2];
-  Share::Even units[2];       // of a tile, for the members of a cluster to finish
-  Share::Even turn;           // how much further a member and its units are for the same warp
-  int members;                // CTAs side by side that share their rows of x
-  int group_rows;             // of a box of scales or zeros
-  int batch_x, batch_weight;  // 1 where every batch entry has its own, 0 where all share one
-  bool exchange;              // results pass through shared memory: splits meet, or activation
+  Share::Even units[2];  // of a tile, for the members of a cluster to finish
+  Share::Even turn;      // how much further a member and its units are for the same warp
+  int members;           // CTAs side by side that share their rows of x
+  int group_rows;        // of a box of scales or zeros
+  int batch_x;           // 1 where every batch entry has its own, 0 where all share one
+  bool exchange;         // results pass through shared memory: splits meet, or activation
 };
 
 // Named barriers of a CTA.
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kOutputs, sizeof(T), kTranspo
       unsigned batch, row, column;
       order.Find(work.tile, &batch, &row, &column);
       const int x_batch = batch * params.batch_x;
-      const int weight_batch = batch * params.batch_weight;
+      const BatchOfParts of(p.buffers.weight, batch);
       const int last = row + 1 == order.rows;
       const int x_rows = params.x_rows[last];
       const uint32_t x_bytes = x_rows * Tile::kXBoxes * members * Tile::kDepth * sizeof(T);
@@ -129,9 +129,9 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kOutputs, sizeof(T), kTranspo
         if (Tile::kCodes && i >= count) {
           const int group = (first_chunk + (i - count) * Tile::kSumChunks) >> (group_shift - 7);
           BarrierArriveExpecting(barrier, sum_bytes);
-          CopyBox(words, &params.sum_scales, output0, group, weight_batch, barrier);
+          CopyBox(words, &params.sum_scales, output0, group, of.scales, barrier);
           if (has_zeros) {
-            CopyBox(words + Tile::kSumZerosAt, &params.sum_zeros, output0 / 8, group, weight_batch,
+            CopyBox(words + Tile::kSumZerosAt, &params.sum_zeros, output0 / 8, group, of.zeros,
                     barrier);
           }
           return;
@@ -140,12 +140,12 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kOutputs, sizeof(T), kTranspo
         BarrierArriveExpecting(barrier, bytes);
         const int column = kTranspose ? depth : output0;  // of the weight
         const int row = kTranspose ? output0 : depth;
-        CopyBox(words, &params.words, column / 8, row, weight_batch, barrier);
-        CopyBox(Tile::Scales(shared, stage), &params.scales, column, row >> group_shift,
-                weight_batch, barrier);
+        CopyBox(words, &params.words, column / 8, row, of.words, barrier);
+        CopyBox(Tile::Scales(shared, stage), &params.scales, column, row >> group_shift, of.scales,
+                barrier);
         if (zeros_in_stage) {
           CopyBox(Tile::Zeros(shared, stage), &params.zeros, column / 8, row >> group_shift,
-                  weight_batch, barrier);
+                  of.zeros, barrier);
         }
       };
       const auto copy_x = [&](int stage, int i) {
@@ -373,15 +373,13 @@ cudaError_t LaunchTmaTile(const AwqGemmPlan& plan, const AwqGemmParams& p, cudaS
   }
   params.turn = {Tile::kTeamWarps / parts, Tile::kTeamWarps % parts};
   params.batch_x = p.buffers.x_stride != 0;
-  params.batch_weight = w.qweight_stride != 0;
   params.exchange = p.cluster || p.buffers.activation != Activation::kNone;
   const CUtensorMapDataType type = sizeof(T) == 1              ? CU_TENSOR_MAP_DATA_TYPE_UINT8
                                    : std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                                                : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const int64_t x_batch = params.batch_x ? p.batch : 1;
-  const int64_t weight_batch = params.batch_weight ? p.batch : 1;
   params.group_rows = std::max(1, (kTranspose ? Tile::kOutputs : Tile::kDepth) >> w.group_shift);
-  bool encoded = maps->EncodeWeight(&params.words, &params.scales, &params.zeros, w, weight_batch,
+  bool encoded = maps->EncodeWeight(&params.words, &params.scales, &params.zeros, w, p.batch,
                                     kTranspose ? Tile::kDepth : Tile::kOutputs,
                                     kTranspose ? Tile::kOutputs : Tile::kDepth, params.group_rows,
                                     Tile::kWordRowBytes);
@@ -395,8 +393,8 @@ cudaError_t LaunchTmaTile(const AwqGemmPlan& plan, const AwqGemmParams& p, cudaS
                                       params.x_rows[last], CU_TENSOR_MAP_SWIZZLE_128B);
   }
   if (Tile::kCodes && encoded) {
-    encoded = maps->EncodeGroups(&params.sum_scales, &params.sum_zeros, w, weight_batch,
-                                 Tile::kOutputs, Tile::kSumChunks);
+    encoded = maps->EncodeGroups(&params.sum_scales, &params.sum_zeros, w, p.batch, Tile::kOutputs,
+                                 Tile::kSumChunks);
   }
   if (!encoded) return cudaErrorInvalidValue;
 

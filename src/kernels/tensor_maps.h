@@ -10,6 +10,16 @@
 
 namespace jax_awq {
 
+// Which entry of the tensor of each part of a weight a batch entry has: its own, or the only one.
+struct BatchOfParts {
+  __device__ BatchOfParts(const AwqWeight& w, int batch)
+      : words(w.qweight_stride ? batch : 0),
+        scales(w.scales_stride ? batch : 0),
+        zeros(w.qzeros_stride ? batch : 0) {}
+
+  int words, scales, zeros;
+};
+
 // Three-dimensional tensor maps: batch, rows, columns, the columns contiguous.
 class TensorMaps {
  public:
@@ -33,14 +43,14 @@ class TensorMaps {
                    CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
   }
 
-  // The parts of a weight of `batch` entries, for boxes of so many outputs: words in boxes of
-  // `depth` rows, which lie `row_bytes` apart in shared memory, the width of their swizzle; scales
-  // and zero points (if there are any) of `groups`.
+  // The parts of a weight, of `batch` entries where these do not share them, for boxes of so many
+  // outputs: words in boxes of `depth` rows, which lie `row_bytes` apart in shared memory, the
+  // width of their swizzle; scales and zero points (if there are any) of `groups`.
   bool EncodeWeight(CUtensorMap* words, CUtensorMap* scales, CUtensorMap* zeros, const AwqWeight& w,
                     int64_t batch, int outputs, int depth, int groups, int row_bytes,
                     CUtensorMapL2promotion promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B) const {
-    return Encode(words, CU_TENSOR_MAP_DATA_TYPE_INT32, 4, w.qweight, w.n / 8, w.k, batch,
-                  outputs / 8, depth,
+    return Encode(words, CU_TENSOR_MAP_DATA_TYPE_INT32, 4, w.qweight, w.n / 8, w.k,
+                  w.qweight_stride ? batch : 1, outputs / 8, depth,
                   row_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
                   promotion) &&
            EncodeGroups(scales, zeros, w, batch, outputs, groups);
@@ -49,11 +59,11 @@ class TensorMaps {
   bool EncodeGroups(CUtensorMap* scales, CUtensorMap* zeros, const AwqWeight& w, int64_t batch,
                     int outputs, int groups) const {
     const int64_t all = w.group_shift == kSingleGroup ? 1 : w.k >> w.group_shift;
-    return Encode(scales, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, w.scales, w.n, all, batch, outputs,
-                  groups, CU_TENSOR_MAP_SWIZZLE_NONE) &&
+    return Encode(scales, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, w.scales, w.n, all,
+                  w.scales_stride ? batch : 1, outputs, groups, CU_TENSOR_MAP_SWIZZLE_NONE) &&
            (w.qzeros == nullptr ||
-            Encode(zeros, CU_TENSOR_MAP_DATA_TYPE_INT32, 4, w.qzeros, w.n / 8, all, batch,
-                   outputs / 8, groups, CU_TENSOR_MAP_SWIZZLE_NONE));
+            Encode(zeros, CU_TENSOR_MAP_DATA_TYPE_INT32, 4, w.qzeros, w.n / 8, all,
+                   w.qzeros_stride ? batch : 1, outputs / 8, groups, CU_TENSOR_MAP_SWIZZLE_NONE));
   }
 
  private:

@@ -132,9 +132,10 @@ TRANSPOSED_CASES = (
 )
 WEIGHT = "qweight scales qzeros"
 # What has a batch dimension in jax.vmap.
-MAPPED = ("x", WEIGHT, f"x {WEIGHT}", "qweight", "scales qzeros", "bias")
+MAPPED = ("x", WEIGHT, f"x {WEIGHT}", "qweight", "scales", "x qzeros", "scales qzeros", "bias")
 BATCHED_CASES = (
-    *((Case(2, 256, 144, 64, bias=F16), mapped) for mapped in MAPPED),
+    *((Case(2, 256, 160, 64, bias=F16), mapped) for mapped in MAPPED),
+    *((Case(20, 256, 160, 64, BF16), mapped) for mapped in MAPPED[3:7]),
     (Case(2, 256, 136, 32, BF16, layout="gemv", bias=BF16), f"x {WEIGHT}"),
     (Case(3, 1024, 144, 128, BF16, split=4, bias=BF16), f"x {WEIGHT}"),
     (Case(3, 1024, 144, 128, split=12, bias=F16, layout="oc_major"), f"{WEIGHT} bias"),
