@@ -135,7 +135,7 @@ WEIGHT = "qweight scales qzeros"
 MAPPED = ("x", WEIGHT, f"x {WEIGHT}", "qweight", "scales", "x qzeros", "scales qzeros", "bias")
 BATCHED_CASES = (
     *((Case(2, 256, 160, 64, bias=F16), mapped) for mapped in MAPPED),
-    *((Case(20, 256, 160, 64, BF16), mapped) for mapped in MAPPED[3:7]),
+    *((Case(20, 256, 160, 64, BF16, bias=BF16), mapped) for mapped in MAPPED[3:7]),
     (Case(2, 256, 136, 32, BF16, layout="gemv", bias=BF16), f"x {WEIGHT}"),
     (Case(3, 1024, 144, 128, BF16, split=4, bias=BF16), f"x {WEIGHT}"),
     (Case(3, 1024, 144, 128, split=12, bias=F16, layout="oc_major"), f"{WEIGHT} bias"),

@@ -100,7 +100,7 @@ def test_one_byte_that_is_written_beside_the_result_is_found(where):
     def writes(around):
         y = jax.block_until_ready(program(*operands))
         if around.holds(y):  # elsewhere it could be anybody's
-            set_byte(address(y) + (-1 if where == "before" else y.nbytes), 0)
+            set_byte(address(y) + (-1 if where == "before" else y.nbytes), 1)
             guarded.append(y)
         return y
 
