@@ -16,6 +16,8 @@ class WgmmaConsumer {
   using Tile = TmaTile<kTokens, kOutputs, 2>;
   static constexpr int kTiles = Tile::kTiles;
   static constexpr int kSteps = Tile::kDepth / 16;
+  static constexpr int kStageShift = 6;  // a stage in rows of the weight, as group_shift
+  static_assert(Tile::kDepth == 1 << kStageShift);
   static constexpr int kHalves = kTokens > 256 ? 2 : 1;  // wgmma has at most 256 columns
   // Steps of 16 that are a group of wgmmas, where registers are left and the tensor cores wait for
   // what else a warp does.
@@ -41,10 +43,13 @@ class WgmmaConsumer {
       for (int i = 0; i < kTokens / 2; ++i) acc[j][i] = 0.0f;
       PinRegisters(acc[j]);
     }
-    if (1 << group_shift_ < Tile::kDepth) {
-      Multiply<true>(share, acc);
+    const bool two_groups = group_shift_ < kStageShift;
+    if constexpr (kTiles == 2) {  // for two loops 96 x 256 has no registers
+      Multiply(share, two_groups, acc);
+    } else if (two_groups) {
+      Multiply(share, true, acc);
     } else {
-      Multiply<false>(share, acc);
+      Multiply(share, false, acc);
     }
   }
 
@@ -71,22 +76,22 @@ class WgmmaConsumer {
   const TmaLane<Tile> lane;
 
  private:
-  // A loop over stages within one over groups of the weight; with kTwoGroups a stage has two of 32
-  // rows. What a stage does besides dequantizing counts: under wgmma an instruction takes two
-  // clocks.
-  template <bool kTwoGroups>
-  __device__ __forceinline__ void Multiply(const Share& share, float (&acc)[kTiles][kTokens / 2]) {
-    constexpr int kGroupSteps = kTwoGroups ? 2 : kSteps;
+  // A loop over stages within one over groups of the weight; with `two_groups` a stage has two of
+  // 32 rows. What a stage does besides dequantizing counts: under wgmma an instruction takes two
+  // clocks. A branch between several steps that are a group of wgmmas would serialize them (C7513):
+  // these have a constant for `two_groups`.
+  __device__ __forceinline__ void Multiply(const Share& share, bool two_groups,
+                                           float (&acc)[kTiles][kTokens / 2]) {
     WgmmaFence();
     const uint64_t x_tiles = SwizzledRows(Tile::X(shared_, 0));
     uint32_t a[2][kTogether][kTiles][4];
-    int read = Tile::kNoStage;                                             // and not yet released
-    const int most = kTwoGroups ? 1 : (1 << group_shift_) / Tile::kDepth;  // stages of a group
+    int read = Tile::kNoStage;                                            // and not yet released
+    const int most = two_groups ? 1 : 1 << (group_shift_ - kStageShift);  // stages of a group
     int left = share.count;
     int stages = min(left, most - (share.first & (most - 1)));
 #pragma unroll 1
     while (true) {
-      left -= kTwoGroups ? 1 : stages;
+      left -= two_groups ? 1 : stages;
       BarrierWait(Tile::Full(shared_, at_.stage), at_.phase);
       EnterGroup(at_.stage, 0);
 #pragma unroll 1
@@ -98,7 +103,7 @@ class WgmmaConsumer {
 #pragma unroll
         for (int s = 0; s < kSteps; s += kTogether) {
           if (Tile::kFewRegisters && s % 2 == 0) lane.LoadCodes(stage, s / 2, codes[s / 2]);
-          if (s > 0 && s % kGroupSteps == 0) EnterGroup(stage, s / kGroupSteps);
+          if (s == kSteps / 2 && two_groups) EnterGroup(stage, 1);
           // All but the newest group of wgmmas are done: these registers are free again.
           WgmmaWait<1>();
           if (s == kTogether) reader_.Release(read);
@@ -125,7 +130,7 @@ class WgmmaConsumer {
         }
         read = stage;
         at_.Advance();
-        if (kTwoGroups || --stages == 0) break;
+        if (two_groups || --stages == 0) break;
         BarrierWait(Tile::Full(shared_, at_.stage), at_.phase);
       }
       if (left == 0) break;

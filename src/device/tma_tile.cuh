@@ -46,7 +46,9 @@ struct TmaPipeline {
   static constexpr int kScalesAt = kXAt + kStages * kXBytes;
   static constexpr int kZerosAt = kScalesAt + kStages * kScaleBytes;
   static constexpr int kBarriersAt = kZerosAt + kStages * kZeroBytes;
-  static constexpr int kNoStage = kStages;  // its Empty is a barrier that nobody waits for
+  // Its Empty is a barrier that nobody waits for: of more arrivals than it ever sees.
+  static constexpr int kNoStage = kStages;
+  static constexpr int kMostArrivals = (1 << 20) - 1;
   static constexpr int kPipelineBytes = kBarriersAt + 16 * (kStages + 1);
 
   __device__ static uint32_t Words(uint32_t shared, int s) {

@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kOutputs, sizeof(T), kTranspo
         BarrierInit(Tile::Full(shared, s), 1);
         BarrierInit(Tile::Empty(shared, s), Tile::kTeamWarps * members);
       }
-      BarrierInit(Tile::Empty(shared, Tile::kNoStage), 1);
+      BarrierInit(Tile::Empty(shared, Tile::kNoStage), Tile::kMostArrivals);
       for (int w = 0; w < Tile::kConsumerWarps; ++w) BarrierInit(inbox_barriers + 8 * w, 1);
       BarrierInitFence();
     }
