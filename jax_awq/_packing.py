@@ -33,10 +33,12 @@ def pack_int4(codes: Any, *, order: Order = "awq", axis: int = -1) -> Any:
       int32, eight times shorter along `axis`; a numpy array for a numpy array.
 
     Raises:
+      TypeError: `codes` is no array of integers.
       ValueError: `axis` is not a multiple of 8 long, or `order` is unknown.
 
     Source: AutoAWQ 0.2.9, WQLinear_GEMM.from_linear ("awq") and WQLinear_GEMV ("natural").
     """
+    _check_integers("pack_int4: codes", codes)
     xp = _namespace(codes)
     shifts = _shifts(xp, order)
     length = codes.shape[axis]
@@ -64,8 +66,10 @@ def unpack_int4(words: Any, *, order: Order = "awq", axis: int = -1) -> Any:
       int8 codes 0 to 15, eight times longer along `axis`; a numpy array for a numpy array.
 
     Raises:
+      TypeError: `words` is no array of integers.
       ValueError: `order` is unknown.
     """
+    _check_integers("unpack_int4: words", words)
     xp = _namespace(words)
     shifts = _shifts(xp, order)
     words = xp.moveaxis(words, axis, -1)
@@ -143,6 +147,12 @@ def _shifts(xp: Any, order: str) -> Any:
     # An expression, not a table: `custom_partitioning` takes no function with array constants.
     column = xp.arange(PACK_FACTOR, dtype=np.int32)
     return 4 * (column // 2 + column % 2 * 4 if order == "awq" else column)
+
+
+def _check_integers(name: str, array: Any) -> None:
+    kind = getattr(array, "dtype", type(array).__name__)
+    if not hasattr(array, "dtype") or not jnp.issubdtype(array.dtype, np.integer):
+        raise TypeError(f"{name} must be an array of integers, got {kind}")
 
 
 def _namespace(array: Any):

@@ -93,3 +93,8 @@ def test_command_line(tmp_path, capsys):
 def test_steps_must_fit():
     with pytest.raises(SystemExit, match="--steps must be from 1 to --context 8, got 9"):
         main(["decode", "--small", "--context", "8", "--steps", "9"])
+
+
+def test_the_array_for_the_bandwidth_has_bytes():
+    with pytest.raises(SystemExit, match="^--bandwidth-mb must be 1 or more, got 0$"):
+        main(["decode", "--small", "--bandwidth-mb", "0"])

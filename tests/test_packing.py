@@ -105,3 +105,14 @@ def test_gemv_rows_are_padded_as_autoawq_pads_them():
 
 def _arrays(weight):
     return [a for a in (weight.qweight, weight.scales, weight.qzeros) if a is not None]
+
+
+@pytest.mark.parametrize(
+    ("value", "got"), [([[1] * 8], "list"), (np.ones(8, np.float32), "float32"), (None, "NoneType")]
+)
+@pytest.mark.parametrize(
+    ("function", "name"), [(pack_int4, "pack_int4: codes"), (unpack_int4, "unpack_int4: words")]
+)
+def test_integers_alone(function, name, value, got):
+    with pytest.raises(TypeError, match=rf"^{name} must be an array of integers, got {got}$"):
+        function(value)

@@ -230,6 +230,8 @@ def main(args: argparse.Namespace) -> int:
     """`python -m jax_awq.bench decode`."""
     if not 0 < args.steps <= args.context:
         raise SystemExit(f"--steps must be from 1 to --context {args.context}, got {args.steps}")
+    if args.bandwidth_mb < 1:
+        raise SystemExit(f"--bandwidth-mb must be 1 or more, got {args.bandwidth_mb:g}")
     shape = SMALL if args.small else LLAMA_3_8B
     rates = read_bytes_per_second(int(args.bandwidth_mb * 1e6))
     top = report.environment() | {
