@@ -393,7 +393,8 @@ def test_the_compiled_part_plans_and_lowers(rng):
         (24, 28672, 8192, "few_24x128", 2),
         (16, 8192, 28672, "few_16x224", 1),  # 128 tiles
         (1, 8192, 28672, "few_8x256", 1),  # 112 tiles
-        (64, 14336, 4096, "tma_64x128", 7),  # two CTAs a processor
+        (32, 14336, 4096, "tma_32x128", 7),  # two CTAs a processor
+        (64, 2048, 5120, "tma_64x192", 4),
         (1024, 4096, 4096, "tma_256x128", 1),  # 128 tiles
         (512, 8192, 10240, "stream_256x128", 1),  # 160 tiles on 132 processors
         (64, 4096, 4104, "wgmma_64", None),  # rows that TMA cannot take

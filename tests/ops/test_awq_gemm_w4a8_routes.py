@@ -255,14 +255,14 @@ def test_a_scale_of_one_row_is_a_single_scale():
 def test_groups_that_bytes_do_not_pay_for():
     for group_size in (32, 64):
         found = plan("awq_gemm_w4a8", *shapes(64, 4096, 4096, group_size), device="sm_90")
-        assert (found.route, found.kernel) == ("fused", "tma_64x128")
+        assert (found.route, found.kernel) == ("fused", "tma_64x192")
         assert "the sums of groups below 128 would cost more" in found.reason
         options = {"out_dtype": "float32", "device": "sm_90"}
         found = plan("awq_gemm_w4a8", *shapes(64, 4096, 4096, group_size), **options)
         assert (found.route, found.kernel) == ("group_products", "quantize_activation")
         why = "it rounds weights to float16, and the result is float32"
         assert (found.accumulator, found.reason) == ("int32", why)
-        assert found.refused["tma_64x128"] == why
+        assert found.refused["tma_64x192"] == why
         qa = QuantizedActivation(
             jax.ShapeDtypeStruct((64, 4096), np.int8), jax.ShapeDtypeStruct((64,), np.float32)
         )
