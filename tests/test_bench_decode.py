@@ -96,5 +96,5 @@ def test_steps_must_fit():
 
 
 def test_the_array_for_the_bandwidth_has_bytes():
-    with pytest.raises(SystemExit, match="^--bandwidth-mb must be 1 or more, got 0$"):
+    with pytest.raises(SystemExit, match=r"^--bandwidth-mb must be 1 or more, got 0$"):
         main(["decode", "--small", "--bandwidth-mb", "0"])
