@@ -278,19 +278,22 @@ def test_vjp(layout, dtype, batch):
         assert_close(result, np.asarray(wanted, np.float64), reference)
 
 
+def mapped_operands(p, mapped):
+    """Axes of jax.vmap, and x, qweight, scales, qzeros and bias: all entries of what is mapped."""
+    weight = p.weight
+    operands = (p.x, weight.qweight, weight.scales, weight.qzeros, p.bias)
+    names = ("x", "qweight", "scales", "qzeros", "bias")
+    axes = tuple(0 if name in mapped.split() else None for name in names)
+    return axes, [
+        a if axis == 0 or a is None else a[0] for a, axis in zip(operands, axes, strict=True)
+    ]
+
+
 @functools.cache
 def solved_batched(case, mapped):
     """One entry of everything, and three of what is mapped."""
     p = problem_of(case, (3,))
-    arrays = {
-        "x": p.x,
-        "qweight": p.weight.qweight,
-        "scales": p.weight.scales,
-        "qzeros": p.weight.qzeros,
-        "bias": p.bias,
-    }
-    axes = tuple(0 if name in mapped.split() else None for name in arrays)
-    operands = [a if axis == 0 else a[0] for a, axis in zip(arrays.values(), axes, strict=True)]
+    axes, operands = mapped_operands(p, mapped)
     options = {"layout": case.layout, "group_size": case.group_size}
 
     def one(x, qweight, scales, qzeros, bias):
@@ -320,16 +323,7 @@ def test_batched(case, mapped, variant, force):
 def batched_gradient(case, mapped):
     """As `solved_batched`, without a bias; the cotangent has three entries whatever is mapped."""
     p = problem_of(case, (3,))
-    arrays = {
-        "x": p.x,
-        "qweight": p.weight.qweight,
-        "scales": p.weight.scales,
-        "qzeros": p.weight.qzeros,
-    }
-    axes = tuple(0 if name in mapped.split() else None for name in arrays)
-    operands = [
-        a if axis == 0 or a is None else a[0] for a, axis in zip(arrays.values(), axes, strict=True)
-    ]
+    axes, operands = (parts[:-1] for parts in mapped_operands(p, mapped))
     options = {"layout": case.layout, "group_size": case.group_size}
 
     def one(x, *weight):
