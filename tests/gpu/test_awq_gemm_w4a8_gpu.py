@@ -160,8 +160,9 @@ def test_nothing_is_written_beside_the_result(force, variant):
     m = MOST_ROWS.get(variant, 300)
     p = problem_of((m, 512, 160, -1, {"out_dtype": F32}), "int8")
     assert m * 160 * 4 % ALLOCATED == 0
+    may_refuse = variant not in OF_CODES or not can_run_codes()  # asked before one is forced
     ran = check_forced(force, variant, p, p.base.x, guarded=True)
-    assert ran or variant not in OF_CODES or not can_run_codes()
+    assert ran or may_refuse
 
 
 def test_every_kernel_of_bytes_runs_enough():
