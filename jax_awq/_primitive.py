@@ -19,6 +19,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jax_awq._explicit import explicit_mesh
+
 Rule = Callable[..., Any]
 
 
@@ -88,8 +90,7 @@ def apply_explicit(name: str, fn: Rule, *operands: Any, **params: Any) -> tuple[
     `custom_partitioning` in the lowering serves Auto axes; XLA refuses it under an Explicit mesh.
     """
     op, avals = OPS[name], [jax.typeof(o) for o in operands]
-    meshes = [jax.sharding.get_abstract_mesh(), *(a.sharding.mesh for a in avals)]
-    mesh = next((m for m in meshes if m.explicit_axes), None)
+    mesh = explicit_mesh(*operands)
     if mesh is None:
         return fn(*operands, **params)
     sharding = op.sharding(*avals, **params)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jax_awq._checks import FLOATS, check_choice, check_dtype
+from jax_awq._explicit import on_auto_axes
 from jax_awq.ops._activation import LARGEST_CODE, absmax_of, scale_of
 
 # Bins of magnitudes: 2**_BIN_BITS to an octave, from 2**_FIRST_OCTAVE (float16's least) up to
@@ -57,6 +58,9 @@ class ActivationRange:
             raise ValueError(
                 f"ActivationRange.update: x must have shape (..., {want}), got {x.shape}"
             )
+        return on_auto_axes(ActivationRange._after, self, x)
+
+    def _after(self, x: Array) -> "ActivationRange":
         x = jnp.abs(x.astype(jnp.float32)).reshape(-1, x.shape[-1])
         seen = absmax_of(x, axis=0 if self.absmax.ndim else None)
         counts = self.counts

@@ -9,6 +9,7 @@ from jax import Array, export
 from jax.tree_util import GetAttrKey, register_pytree_with_keys_class
 
 from jax_awq._checks import check_array, check_choice, check_dtype, check_shape, check_weight
+from jax_awq._explicit import whole
 from jax_awq._packing import LAYOUTS, decode, encode, weight_size
 from jax_awq.ops.awq_dequantize import awq_dequantize
 from jax_awq.ops.awq_gemm import awq_gemm
@@ -170,14 +171,15 @@ class PermutedWeight:
         if x.ndim <= len(batch) or (*x.shape[: len(batch)], x.shape[-1]) != (*batch, k):
             want = ", ".join(map(str, (*batch, "...", k)))
             raise ValueError(f"PermutedWeight: x must have shape ({want}), got {x.shape}")
-        if len(self.perm.shape) == 1:
-            return jnp.take(x, self.perm, axis=-1)
-        perm = jnp.expand_dims(self.perm, range(1, x.ndim - 1))
-        return jnp.take_along_axis(x, perm, axis=-1)
+        x, perm = whole(x, -1), whole(self.perm, -1)
+        if perm.ndim == 1:
+            return jnp.take(x, perm, axis=-1)
+        return jnp.take_along_axis(x, jnp.expand_dims(perm, range(1, x.ndim - 1)), axis=-1)
 
     def restore_rows(self, dense: Any) -> Array:
         """The rows of a ``(..., K, N)`` matrix in the order of the inputs."""
-        return jnp.take_along_axis(dense, jnp.argsort(self.perm)[..., None], axis=-2)
+        order = jnp.argsort(whole(self.perm, -1))
+        return jnp.take_along_axis(whole(dense, -2), order[..., None], axis=-2)
 
     def dequantize(self, dtype: Any = None) -> Array:
         """The (K, N) weight, rounded once to `dtype`, by default that of the scales."""

@@ -1,11 +1,15 @@
 """Static scales from data: exact maxima, percentiles within a bin, whatever the batches."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jax_awq import ActivationRange, calibrate_activation, quantize_activation
 
@@ -90,6 +94,31 @@ def test_a_scan_and_a_merge_are_the_loop(rng):
 def test_a_single_scale_may_be_of_several_widths():
     batches = [np.ones((4, 8), np.float32), np.full((4, 16), 2, np.float32)]
     assert calibrate_activation(batches, granularity="tensor") == 2 * INVERSE
+
+
+@pytest.mark.parametrize("spec", [P("rows", "k"), P(("rows", "k"), None), P()])
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+@pytest.mark.parametrize("method", ["absmax", "percentile"])
+def test_batches_split_over_explicit_axes(rng, method, granularity, spec):
+    batches = rng.standard_normal((3, 16, 8)).astype(np.float16)
+    want = calibrate_activation(batches, method=method, granularity=granularity)
+    mesh = jax.make_mesh((2, 4), ("rows", "k"), axis_types=(AxisType.Explicit,) * 2)
+    split = [jax.device_put(b, NamedSharding(mesh, spec)) for b in batches]
+    np.testing.assert_array_equal(
+        calibrate_activation(split, method=method, granularity=granularity), want
+    )
+
+
+def test_a_scan_over_explicit_axes(rng):
+    x = rng.standard_normal((3, 16, 8)).astype(np.float32)
+    empty = ActivationRange.empty(8, percentiles=True)
+    want = functools.reduce(lambda seen, one: seen.update(one), x, empty)
+    mesh = jax.make_mesh((2, 4), ("rows", "k"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        found = jax.jit(lambda x: jax.lax.scan(lambda s, one: (s.update(one), None), empty, x)[0])(
+            jax.device_put(x, P(None, "rows", "k"))
+        )
+    jax.tree.map(np.testing.assert_array_equal, found, want)
 
 
 def test_trees(rng):

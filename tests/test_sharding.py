@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from shards import DP, TP, collectives, put_auto, specs_of
 
-from jax_awq import AWQWeight, awq_dequantize, awq_gemm
+from jax_awq import AWQWeight, PermutedWeight, awq_dequantize, awq_gemm
 from jax_awq.testing import assert_close, assert_close_to_float64, random_problem, random_weight
 
 M, K, N = 16, 256, 64
@@ -205,6 +205,43 @@ def test_explicit_free_dimensions_and_gradient(rng):
     assert jax.typeof(grad).sharding.spec == P("dp", None, "tp")
     want = np.ones((4, 3, N)) @ np.asarray(weight.dequantize(np.float32)).T
     np.testing.assert_allclose(grad, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("explicit")
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("split", ["K", "N"])
+def test_explicit_permuted(rng, wrap, split):
+    p = random_problem(rng, M, K, N, group_size=32, dtype=np.float32)
+    perm = rng.permutation(K).astype(np.int32)
+    inverse = np.argsort(perm)  # row i of the weight is of input perm[i]
+    x, weight, order = put_explicit(
+        (p.x[:, inverse], p.weight, perm),
+        (P("dp", "tp"), specs_of(p.weight, split), P("tp")),
+    )
+    permuted = PermutedWeight(weight, order)
+    y = wrap(awq_gemm)(x, permuted)
+    assert jax.typeof(y).sharding.spec[0] == "dp"
+    np.testing.assert_allclose(y, p.float64(), rtol=1e-4, atol=1e-5)
+
+    grad = wrap(jax.grad(lambda x: awq_gemm(x, permuted).sum()))(x)
+    dense = np.asarray(p.weight.dequantize(np.float32))[inverse]
+    assert jax.typeof(grad).sharding.spec == P("dp", "tp")
+    np.testing.assert_allclose(grad, np.ones((M, N)) @ dense.T, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(wrap(awq_dequantize)(permuted), dense)
+
+
+@pytest.mark.usefixtures("explicit")
+def test_explicit_permuted_experts(rng):
+    p = random_problem(rng, M, K, N, group_size=32, batch=(4,), dtype=np.float32)
+    perm = np.stack([rng.permutation(K) for _ in range(4)]).astype(np.int32)
+    x = np.take_along_axis(p.x, np.argsort(perm)[:, None], axis=-1)
+    x, weight, order = put_explicit(
+        (x, p.weight, perm),
+        (P("tp", "dp"), jax.tree.map(lambda _: P("tp"), p.weight), P("tp", "dp")),
+    )
+    y = awq_gemm(x, PermutedWeight(weight, order))
+    assert jax.typeof(y).sharding.spec == P("tp", "dp", None)
+    np.testing.assert_allclose(y, p.float64(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("explicit")
