@@ -36,11 +36,22 @@ def pytree(*static: str) -> Callable[[C], C]:
                 object.__setattr__(node, name, value)
             return node
 
+        def serialize(aux: Any) -> bytes:
+            try:
+                return json.dumps(aux).encode()
+            except TypeError:  # a symbolic dimension
+                found = ", ".join(f"{n}={a}" for n, a in zip(static, aux, strict=True))
+                raise ValueError(
+                    f"{cls.__name__}: to be stored with an exported function, {', '.join(static)} "
+                    f"must be numbers and names, got {found}; let the function take or return "
+                    "arrays instead"
+                ) from None
+
         register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
         export.register_pytree_node_serialization(
             cls,
             serialized_name=f"jax_awq.{cls.__name__}",
-            serialize_auxdata=lambda aux: json.dumps(aux).encode(),
+            serialize_auxdata=serialize,
             deserialize_auxdata=lambda data: tuple(json.loads(data)),
         )
         return cls

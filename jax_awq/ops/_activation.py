@@ -123,8 +123,8 @@ def pack_codes(codes: Any, bits: int, axis: int = -1) -> Array:
     if bits == 8:
         return codes
     codes = jnp.moveaxis(codes, axis, -1)
-    if codes.shape[-1] % 2:
-        codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, 1)])
+    if (odd := codes.shape[-1] % 2) != 0:  # a symbolic K may be either
+        codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, odd)])
     pairs = codes.reshape(*codes.shape[:-1], codes.shape[-1] // 2, 2)
     return jnp.moveaxis((pairs[..., 0] & 0xF) | (pairs[..., 1] << 4), -1, axis)
 

@@ -30,6 +30,7 @@ def dequantize_activation(qa: QuantizedActivation, dtype: Any = jnp.float32) -> 
 
     Raises:
       TypeError: `qa` is no `QuantizedActivation`, or `dtype` is another.
+      ValueError: 4-bit codes of a symbolic K (`jax.export`) that may be odd.
     """
     if not isinstance(qa, QuantizedActivation):
         raise TypeError(
@@ -46,6 +47,12 @@ def dequantize_activation(qa: QuantizedActivation, dtype: Any = jnp.float32) -> 
 @functools.partial(jax.jit, inline=True, static_argnames=("dtype", "variant"))
 def _dequantize_activation(qa, *, dtype, variant):
     dtype = read_out_dtype("dequantize_activation", dtype, *FLOATS, name="dtype")
+    odd = qa.bits == 4 and qa.k % 2
+    if not isinstance(odd, int):  # of a symbolic K
+        raise ValueError(
+            "dequantize_activation: K of 4-bit codes must be a number, or symbolic and known to be "
+            f"even, as 2*k is; got {qa.k}"
+        )
     shape = list(qa.scale.shape)
     columns = [shape.pop()] if qa.granularity == "channel" else [1]
     scale = qa.scale.reshape(*shape, *[1] * (qa.ndim - 1 - len(shape)), *columns)
@@ -55,7 +62,7 @@ def _dequantize_activation(qa, *, dtype, variant):
         qa.q,
         scale,
         bits=qa.bits,
-        odd=qa.bits == 4 and qa.k % 2 == 1,
+        odd=bool(odd),
         dtype=dtype,
         variant=variant,
     )

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax import export
 
-from jax_awq import QuantizedActivation, dequantize_activation
+from jax_awq import QuantizedActivation, dequantize_activation, quantize_activation
 from jax_awq.testing import unpack_bytes
 
 
@@ -40,6 +41,33 @@ def test_gradient_of_the_scale(rng):
     scale = np.ones((2, 3), np.float32)
     got = jax.grad(lambda s: dequantize_activation(QuantizedActivation(q, s)).sum())(scale)
     np.testing.assert_array_equal(got, q.astype(np.float32).sum(-1))
+
+
+@pytest.mark.parametrize(("bits", "columns"), [(8, "k"), (4, "2*k")])
+def test_export_with_a_symbolic_k(rng, bits, columns):
+    fn = jax.jit(lambda x: dequantize_activation(quantize_activation(x, bits=bits)))
+    shape = export.symbolic_shape(f"m, {columns}")
+    stored = export.export(fn)(jax.ShapeDtypeStruct(shape, np.float32)).serialize()
+    for k in (2, 34):
+        x = rng.standard_normal((3, k)).astype(np.float32)
+        np.testing.assert_array_equal(export.deserialize(stored).call(x), fn(x))
+
+
+def test_errors_of_a_symbolic_k():
+    x = jax.ShapeDtypeStruct(export.symbolic_shape("m, k"), np.float32)
+    with pytest.raises(ValueError, match="symbolic") as caught:
+        export.export(jax.jit(lambda x: dequantize_activation(quantize_activation(x, bits=4))))(x)
+    assert str(caught.value) == (
+        "dequantize_activation: K of 4-bit codes must be a number, or symbolic and known to be "
+        "even, as 2*k is; got k"
+    )
+    with pytest.raises(ValueError, match="exported") as caught:
+        export.export(jax.jit(quantize_activation))(x).serialize()
+    assert str(caught.value) == (
+        "QuantizedActivation: to be stored with an exported function, bits, granularity, k must be "
+        "numbers and names, got bits=8, granularity=token, k=k; let the function take or return "
+        "arrays instead"
+    )
 
 
 def test_errors():

@@ -405,3 +405,15 @@ def test_errors_of_the_pytree(options, error, text):
     with pytest.raises(error) as caught:
         QuantizedActivation(**arguments)
     assert str(caught.value) == f"QuantizedActivation: {text}"
+
+
+def test_export_with_a_symbolic_k_packs_odd_and_even_ones(rng):
+    def arrays(x):
+        return jax.tree.leaves(quantize_activation(x, bits=4))
+
+    shape = export.symbolic_shape("m, k")
+    stored = export.export(jax.jit(arrays))(jax.ShapeDtypeStruct(shape, np.float32)).serialize()
+    for k in (1, 2, 33, 34):
+        x = rng.standard_normal((3, k)).astype(np.float32)
+        for found, want in zip(export.deserialize(stored).call(x), arrays(x), strict=True):
+            np.testing.assert_array_equal(found, want)
