@@ -31,6 +31,8 @@ def check_dtype(op: str, name: str, array: Any, *want: str) -> None:
 
 def read_scale(value: Any) -> Any:
     """A number of Python is float64 where JAX has that, and is meant as float32."""
+    if isinstance(value, int | float) and not isinstance(value, bool):  # without jit
+        return jnp.float32(value)
     if getattr(value, "weak_type", False) and value.dtype == jnp.float64:
         return value.astype(jnp.float32)
     return value
@@ -57,6 +59,12 @@ def read_integer(op: str, name: str, value: Any) -> int:
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be an integer, got {value!r}")
     return int(value)
+
+
+def read_number(op: str, name: str, value: Any) -> float:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be a number, got {value!r}")
+    return float(value)
 
 
 def check_static(op: str, **values: Any) -> None:

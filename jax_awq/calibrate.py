@@ -1,16 +1,17 @@
 """Static scales of activations, from data: one pass over batches, whatever their number."""
 
 import dataclasses
-import functools
-from collections.abc import Iterable
+import numbers
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jax_awq._checks import FLOATS, check_choice, check_dtype
+from jax_awq._checks import FLOATS, check_choice, check_dtype, check_shape
 from jax_awq._explicit import on_auto_axes
+from jax_awq._pytree import pytree
 from jax_awq.ops._activation import LARGEST_CODE, absmax_of, scale_of
 
 # Bins of magnitudes: 2**_BIN_BITS to an octave, from 2**_FIRST_OCTAVE (float16's least) up to
@@ -21,10 +22,8 @@ _SHIFT = 23 - _BIN_BITS
 _FIRST_BIN = (127 + _FIRST_OCTAVE) << _BIN_BITS
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("absmax", "counts", "tokens"), meta_fields=()
-)
-@dataclasses.dataclass(frozen=True)
+@pytree()
+@dataclasses.dataclass(frozen=True, eq=False)
 class ActivationRange:
     """What a scale needs to know of the activations seen so far.
 
@@ -75,6 +74,7 @@ class ActivationRange:
 
     def merge(self, other: "ActivationRange") -> "ActivationRange":
         """Of both together, as from two devices."""
+        check_shape("ActivationRange.merge", "absmax of the other", other.absmax, self.absmax.shape)
         counts = None
         if self.counts is not None and other.counts is not None:
             counts = self.counts + other.counts
@@ -91,10 +91,7 @@ class ActivationRange:
         Raises:
           ValueError: `percentile` is not in (0, 100], or below 100 and there are no histograms.
         """
-        if not 0 < percentile <= 100:
-            raise ValueError(
-                f"ActivationRange.magnitude: percentile must be in (0, 100], got {percentile}"
-            )
+        _check_percentile("ActivationRange.magnitude", percentile)
         if percentile == 100:
             return self.absmax
         if self.counts is None:
@@ -105,7 +102,9 @@ class ActivationRange:
         # Counted from above: there the counts are small, and float32 holds them exactly.
         above = jnp.cumsum(self.counts[..., ::-1], axis=-1)[..., ::-1]
         allowed = above[..., :1].astype(jnp.float32) * jnp.float32(1 - percentile / 100)
-        top = (above > allowed).sum(-1) - 1  # the last bin above which no more values are allowed
+        top = (above.astype(jnp.float32) > allowed).sum(
+            -1
+        ) - 1  # the last bin above which no more values are allowed
         bits = (jnp.clip(top, 0, _BINS - 1) + _FIRST_BIN + 1) << _SHIFT
         upper = lax.bitcast_convert_type(bits.astype(jnp.int32), jnp.float32)
         return jnp.where(top == _BINS - 1, self.absmax, jnp.minimum(upper, self.absmax))
@@ -151,8 +150,11 @@ def calibrate_activation(
     check_choice(op, "method", method, ("absmax", "percentile"))
     check_choice(op, "granularity", granularity, ("channel", "tensor"))
     check_choice(op, "bits", bits, tuple(LARGEST_CODE))
-    if not 0 < percentile <= 100:
-        raise ValueError(f"{op}: percentile must be in (0, 100], got {percentile}")
+    _check_percentile(op, percentile)
+    if isinstance(batches, Mapping):
+        raise TypeError(
+            f"{op}: batches must be a sequence of batches, got one {type(batches).__name__}"
+        )
     ranges: list[ActivationRange] | None = None
     structure: Any = None
     for batch in batches:
@@ -174,6 +176,11 @@ def calibrate_activation(
     return jax.tree.unflatten(
         structure, [seen.scale(bits=bits, percentile=percentile) for seen in ranges]
     )
+
+
+def _check_percentile(op: str, percentile: Any) -> None:
+    if not isinstance(percentile, numbers.Real) or not 0 < percentile <= 100:
+        raise ValueError(f"{op}: percentile must be in (0, 100], got {percentile!r}")
 
 
 _update = jax.jit(ActivationRange.update)

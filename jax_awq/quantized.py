@@ -7,7 +7,15 @@ import jax.numpy as jnp
 from jax import Array
 
 import jax_awq
-from jax_awq._checks import FLOATS, check_choice, check_dtype, check_shape
+from jax_awq._checks import (
+    FLOATS,
+    check_array,
+    check_choice,
+    check_dtype,
+    check_shape,
+    read_integer,
+    read_out_dtype,
+)
 from jax_awq._pytree import pytree
 from jax_awq.ops._activation import (
     QuantizedActivation,
@@ -72,7 +80,7 @@ class _Weight:
 
     def dequantize(self, dtype: Any = jnp.float32) -> Array:
         """The (K, N) weight: ``q * scale`` in float32, converted to `dtype`."""
-        check_dtype(f"{type(self).__name__}.dequantize", "dtype", jnp.zeros((), dtype), *FLOATS)
+        dtype = read_out_dtype(f"{type(self).__name__}.dequantize", dtype, *FLOATS, name="dtype")
         codes = unpack_codes(self.q, self._bits, self._k, axis=-2)
         return (codes.astype(jnp.float32) * self.scale[..., None, :]).astype(dtype)
 
@@ -120,6 +128,12 @@ class Int4Weight(_Weight):
     k: int = None  # type: ignore[assignment]
 
     _bits = 4
+
+    def __post_init__(self):
+        if self.k is not None and read_integer("Int4Weight", "k", self.k) < 0:
+            raise ValueError(f"Int4Weight: k must be 0 or more, got {self.k}")
+        super().__post_init__()
+        object.__setattr__(self, "k", self._k)
 
     @property
     def _k(self) -> int:
@@ -199,6 +213,7 @@ class QuantizedLinear:
                 f"{self.weight.shape}: vmap or scan over stacked ones"
             )
         k, _ = self.weight.shape
+        check_array("QuantizedLinear", "x", x)
         x = jnp.asarray(x)
         if x.ndim == 0 or x.shape[-1] != k:
             raise ValueError(f"QuantizedLinear: x must have shape (..., {k}), got {x.shape}")

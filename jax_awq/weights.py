@@ -179,7 +179,10 @@ class PermutedWeight:
     def restore_rows(self, dense: Any) -> Array:
         """The rows of a ``(..., K, N)`` matrix in the order of the inputs."""
         order = jnp.argsort(whole(self.perm, -1))
-        return jnp.take_along_axis(whole(dense, -2), order[..., None], axis=-2)
+        dense = whole(dense, -2)
+        if order.ndim == 1:
+            return jnp.take(dense, order, axis=-2)
+        return jnp.take_along_axis(dense, order[..., None], axis=-2)
 
     def dequantize(self, dtype: Any = None) -> Array:
         """The (K, N) weight, rounded once to `dtype`, by default that of the scales."""
@@ -228,8 +231,13 @@ def convert(weight: Any, layout: str) -> Any:
     Raises:
       ValueError: `layout` is unknown, or cannot hold the weight: "gemv" and "oc_major" need K and
         group_size to be multiples of 8.
+      TypeError: `weight` is neither of the two.
     """
     check_choice("convert", "layout", layout, LAYOUTS)
+    if not isinstance(weight, WEIGHTS):
+        raise TypeError(
+            f"convert: weight must be an AWQWeight or a PermutedWeight, got {type(weight).__name__}"
+        )
     if isinstance(weight, PermutedWeight):
         return dataclasses.replace(weight, weight=convert(weight.weight, layout))
     if layout == weight.layout:

@@ -211,6 +211,11 @@ def test_merge_replaces_and_sorts():
         ("awq_gemm --m 0", "--m: must be an integer of 1 or more, got '0'"),
         ("awq_gemm --min-weight-mb nan", "--min-weight-mb: must be a number of 0 or more"),
         ("awq_gemm --min-weight-mb -1", "--min-weight-mb: must be a number of 0 or more"),
+        ("awq_gemm --merge", "--merge: needs --json, the file to merge with"),
+        ("awq_gemm --json /proc/version/a.json", "--json: /proc/version/a.json cannot be written"),
+        ("decode --json /proc", "--json: /proc cannot be written: it is a folder"),
+        ("plot a.json --out a.xyz", "--out: must end with .svg or .png, got a.xyz"),
+        ("plot a.json --out /proc/version/a.svg", "--out: /proc/version/a.svg cannot be written"),
     ],
 )
 def test_arguments_are_checked(capsys, command, text):
@@ -376,6 +381,24 @@ def test_plot_of_the_committed_results(tmp_path):
         assert word in (results / "nvidia_h200/efficiency.svg").read_text() or word == "a note"
 
 
+def test_what_has_no_rows_is_no_plot_and_no_table(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "a.json"
+    content = {"ceilings": {"read_bytes_per_second": 1.0}, "rows": [ROW]}
+    file.write_text(json.dumps(content))
+    for command, text in (
+        (["table", str(file), "--overview", "junk"], "--overview: .*no rows of dtype 'junk'"),
+        (
+            ["plot", str(file), "--out", str(tmp_path / "a.svg"), "--shapes", "8x8"],
+            "plot: no float16 row of 8x8 with group size 128",
+        ),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(command)
+        assert re.search(text, capsys.readouterr().err)
+    assert not (tmp_path / "a.svg").exists()
+
+
 def test_plot_of_what_was_timed_nobody_knows_where(tmp_path, capsys):
     file = tmp_path / "a.json"
     file.write_text('{"device": "cpu", "rows": []}')
@@ -395,6 +418,7 @@ def test_plot_of_what_was_timed_nobody_knows_where(tmp_path, capsys):
         ('{"rows": [3]}', "a.json must be a JSON object"),
         ('{"rows": [{}], "ceilings": {"read_bytes_per_second": 1.0}}', 'row 0 must have "op"'),
         ('{"rows": [{"op": "decode"}]}', "row 0 must have \"impl\", got ['op']"),
+        ('{"rows": [{"op": ["a"]}]}', "row 0 must have \"impl\", got ['op']"),
     ],
 )
 def test_files_that_are_no_results(tmp_path, capsys, command, content, text):

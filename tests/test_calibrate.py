@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax import export
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -157,6 +158,18 @@ def test_trees(rng):
             ValueError,
             "percentile must be in (0, 100], got 0",
         ),
+        (
+            [np.ones((1, 2), np.float32)],
+            {"method": "percentile", "percentile": "99"},
+            ValueError,
+            "percentile must be in (0, 100], got '99'",
+        ),
+        (
+            {"a": np.ones((1, 2), np.float32)},
+            {},
+            TypeError,
+            "batches must be a sequence of batches, got one dict",
+        ),
         ([np.float32(1)], {}, ValueError, "a batch must have shape (..., K), got ()"),
         (
             [np.ones((4, 0), np.float32)],
@@ -170,6 +183,26 @@ def test_errors(batches, options, error, text):
     with pytest.raises(error) as caught:
         calibrate_activation(batches, **options)
     assert str(caught.value) == f"calibrate_activation: {text}"
+
+
+def test_a_range_is_stored_compared_and_merged_with_its_like():
+    one = ActivationRange.empty(4, percentiles=True)
+    update = jax.jit(lambda seen, x: seen.update(x))
+    x = np.ones((2, 4), np.float32)
+    stored = export.export(update)(one, x).serialize()
+    found = export.deserialize(stored).call(one, x)
+    jax.tree.map(np.testing.assert_array_equal, found, update(one, x))
+    assert one == one
+    assert one != ActivationRange.empty(4, percentiles=True)
+    assert len({one, found}) == 2
+    for k, got in ((3, r"\(3,\)"), (None, r"\(\)")):
+        with pytest.raises(ValueError, match=rf"ActivationRange.merge: .* shape \(4,\), got {got}"):
+            one.merge(ActivationRange.empty(k, percentiles=True))
+
+
+def test_without_promotion_of_dtypes():
+    with jax.numpy_dtype_promotion("strict"):
+        calibrate_activation([jnp.ones((2, 4))], method="percentile")
 
 
 def test_errors_of_batches():

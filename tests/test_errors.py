@@ -89,6 +89,7 @@ WEIGHT_ERRORS = [
         "layout 'gemv' needs group_size: its padded scales do not tell it",
     ),
     ({"scales": None}, ValueError, "scales are needed unless qweight is an AWQWeight"),
+    ({"scales": WEIGHT}, TypeError, "scales must be an array, got AWQWeight"),
     (
         {"qweight": ONES((2, 2, K, 2), np.int32)},
         ValueError,

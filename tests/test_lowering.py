@@ -1,5 +1,6 @@
 """What is lowered for CUDA, seen on a machine without a GPU, and what `plan` says of it."""
 
+import functools
 import re
 import types
 
@@ -13,7 +14,17 @@ from jax import export
 from jax.sharding import PartitionSpec as P
 
 import jax_awq
-from jax_awq import AWQWeight, KernelPlan, _ffi, _plan, awq_gemm, build_info, plan
+from jax_awq import (
+    AWQWeight,
+    KernelPlan,
+    _ffi,
+    _plan,
+    awq_dequantize,
+    awq_gemm,
+    build_info,
+    int8_matmul,
+    plan,
+)
 from jax_awq.testing import random_problem, random_weight
 
 WORKSPACE = 4096
@@ -231,6 +242,29 @@ def test_export_with_a_symbolic_batch(rng, planned, spec, over):
     got = export.deserialize(exported.serialize()).call(concrete, weight)
     assert got.shape == (4, *x.shape[1:-1], N)
     np.testing.assert_allclose(got, awq_gemm(concrete, weight), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("fn", [awq_gemm, awq_dequantize, int8_matmul])
+def test_export_with_symbolic_sides_of_a_weight(rng, fn):
+    """No kernel is planned for what is not known: the reference runs, on CUDA too."""
+    m, n, g = export.symbolic_shape("m, n, g")
+    spec = jax.ShapeDtypeStruct
+    if fn is int8_matmul:
+        specs = spec((m, g), jnp.int8), spec((g, n), jnp.int8)
+        arrays = [rng.integers(-9, 9, shape).astype(np.int8) for shape in ((3, 40), (40, 24))]
+    else:
+        specs = (
+            *([spec((m, 32 * g), jnp.float16)] * (fn is awq_gemm)),
+            *(spec((32 * g, n), jnp.int32), spec((g, 8 * n), jnp.float16)),
+        )
+        weight = random_weight(rng, 96, 24, group_size=32)
+        arrays = [*([rng.standard_normal((3, 96)).astype(np.float16)] * (fn is awq_gemm))]
+        arrays += [weight.qweight, weight.scales]
+    options = {} if fn is int8_matmul else {"group_size": 32}
+    jitted = jax.jit(functools.partial(fn, **options))
+    exported = export.export(jitted, platforms=("cpu", "cuda"), disabled_checks=CHECKS)(*specs)
+    found = export.deserialize(exported.serialize()).call(*arrays)
+    np.testing.assert_array_equal(found, jitted(*arrays))
 
 
 # --- plan

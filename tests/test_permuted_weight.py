@@ -46,6 +46,21 @@ def test_values(rng, layout):
         np.testing.assert_array_equal(identity @ weight, dense(weight).astype(np.float32))
 
 
+def test_shared_codes_with_scales_of_their_own(rng):
+    one = permuted(rng)
+    scales = rng.uniform(0.5, 1, (3, *one.weight.scales.shape)).astype(np.float32)
+    weight = PermutedWeight(AWQWeight(one.weight.qweight, scales, one.weight.qzeros), one.perm)
+    want = np.stack(
+        [
+            dense(PermutedWeight(AWQWeight(one.weight.qweight, s, one.weight.qzeros), one.perm))
+            for s in scales
+        ]
+    )
+    np.testing.assert_array_equal(weight.dequantize(), want.astype(np.float32))
+    x = rng.standard_normal((3, 5, K)).astype(np.float32)
+    assert_close(awq_gemm(x, weight), x @ want)
+
+
 def test_options_of_the_op(rng):
     weight, x, bias = permuted(rng), rng.normal(size=(2, 3, K)).astype(np.float32), np.ones(N)
     y = awq_gemm(x, weight, bias=bias.astype(np.float32), activation="relu")
@@ -109,6 +124,8 @@ def test_errors(rng):
         awq_gemm(np.ones((2, 32), np.float32), weight)
     with pytest.raises(TypeError, match=r"^PermutedWeight: x must be an array, got list"):
         awq_gemm([1.0] * 64, weight)
+    with pytest.raises(TypeError, match=r"^convert: weight must be an AWQWeight or a Permuted"):
+        convert(weight.perm, "gemm")
     stacked = jax.tree.map(lambda a: jnp.stack([a, a]), weight)
     for shape in ((1, 3, 64), (3, 64), (64,)):
         with pytest.raises(ValueError, match=r"x must have shape \(2, \.\.\., 64\), got"):

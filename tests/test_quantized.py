@@ -60,6 +60,13 @@ def test_transformations(rng, bits):
     np.testing.assert_array_equal(got, dense[1])
 
 
+def test_k_of_int4_codes_is_what_they_hold():
+    w = np.ones((8, 3), np.float32)
+    given, found = Int4Weight(np.ones((4, 3), np.int8), w[0]), Int4Weight.from_float(w)
+    assert given.k == found.k == 8
+    assert jax.tree.structure(given) == jax.tree.structure(found)
+
+
 def test_errors():
     q, scale = np.ones((4, 3), np.int8), np.ones(3, np.float32)
     for error, text, call in (
@@ -77,6 +84,26 @@ def test_errors():
             ValueError,
             "Int4Weight: q must have shape (3, 3), got (4, 3)",
             lambda: Int4Weight(q, scale, k=5),
+        ),
+        (
+            ValueError,
+            "Int4Weight: k must be 0 or more, got -1",
+            lambda: Int4Weight(q[:0], scale, k=-1),
+        ),
+        (
+            TypeError,
+            "Int4Weight: k must be an integer, got 8.0",
+            lambda: Int4Weight(q, scale, k=8.0),
+        ),
+        (
+            TypeError,
+            "Int8Weight.dequantize: dtype must be a dtype or the name of one, got 'float99'",
+            lambda: Int8Weight(q, scale).dequantize("float99"),
+        ),
+        (
+            TypeError,
+            "QuantizedLinear: x must be an array, got NoneType",
+            lambda: QuantizedLinear(Int8Weight(q, scale))(None),
         ),
         (
             ValueError,

@@ -256,6 +256,13 @@ def test_what_is_wrong_is_told(tmp_path, arguments, message):
     assert "Traceback" not in found.output
 
 
+def test_a_narrow_terminal_cuts_no_digits_off(synthetic):
+    wide = synthetic[0].stdout
+    found = testing.CliRunner().invoke(app, ["verify"], env={"COLUMNS": "40"})
+    numbers = re.compile(r"\d\.\d+(?:e-\d+)?|\d+\.\d+")
+    assert sorted(numbers.findall(found.stdout)) == sorted(numbers.findall(wide))
+
+
 def test_where_to_write_is_looked_at_first(monkeypatch, tmp_path):
     runs = []
     monkeypatch.setattr(importlib.import_module("jax_awq.cli.verify"), "_run", runs.append)

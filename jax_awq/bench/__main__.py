@@ -28,9 +28,26 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     try:
+        _check_output(parser, args)
         return _run(parser, args)
     except report.BadResult as error:
         parser.error(str(error))
+
+
+def _check_output(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.command == "table":
+        return
+    name, file = ("--out", args.out) if args.command == "plot" else ("--json", args.json)
+    if args.command == "plot" and file.suffix not in plot.SUFFIXES:
+        parser.error(f"argument --out: must end with {' or '.join(plot.SUFFIXES)}, got {file}")
+    if file is None:
+        if getattr(args, "merge", False):
+            parser.error("argument --merge: needs --json, the file to merge with")
+        return
+    try:
+        report.check_writable(file)
+    except OSError as error:
+        parser.error(f"argument {name}: {error}")
 
 
 def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
@@ -47,7 +64,7 @@ def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     if args.command == "table":
         rows = report.read(args.json)["rows"]
         of_models = {"decode": decode, "generate": generate}
-        of_model = of_models.get(rows[0].get("op")) if rows else None
+        of_model = of_models.get(str(rows[0].get("op"))) if rows else None
         if of_model is not None:
             report.check_rows(args.json, rows, of_model.SHOWN)
             print(of_model.markdown(rows), end="")
@@ -56,6 +73,8 @@ def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         if not args.overview:
             ours = [row for row in rows if row["impl"] == "jax_awq"]
             report.check_rows(args.json, ours, ("floor_us",))
+        elif not any(row["dtype"] == args.overview for row in rows):
+            parser.error(f"argument --overview: {args.json} has no rows of dtype {args.overview!r}")
         text = report.overview(rows, args.overview) if args.overview else report.markdown(rows)
         print(text, end="")
         return 0

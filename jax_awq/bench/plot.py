@@ -10,6 +10,8 @@ from jax_awq.bench.run import FLOPS_PER_SECOND
 
 Row = dict[str, Any]
 
+SUFFIXES = (".svg", ".png")
+
 # Ours first and boldest; then what XLA makes, then other libraries.
 STYLES: dict[str, dict[str, Any]] = {
     "jax_awq": {"color": "#c1121f", "linewidth": 2.5, "marker": "o", "zorder": 5},
@@ -58,6 +60,10 @@ def draw(
     rows: Iterable[Row], weights: Sequence[tuple[int, int]], dtype: str, file: Path, note: str
 ) -> None:
     """Writes one panel a weight to `file`, whose suffix names the format."""
+    panels_of = efficiency(rows, weights, dtype)
+    for (k, n), lines in panels_of.items():
+        if not lines:
+            raise report.BadResult(f"plot: no {dtype} row of {k}x{n} with group size 128")
     try:
         import matplotlib
     except ImportError:
@@ -72,9 +78,7 @@ def draw(
         figure, panels = pyplot.subplots(
             (len(weights) + 1) // 2, 2, figsize=(11, 7), sharex=True, sharey=True, squeeze=False
         )
-        for panel, (weight, lines) in zip(
-            panels.flat, efficiency(rows, weights, dtype).items(), strict=False
-        ):
+        for panel, (weight, lines) in zip(panels.flat, panels_of.items(), strict=False):
             for impl, style in STYLES.items():
                 if impl in lines:
                     panel.plot(*zip(*lines[impl], strict=True), label=impl, **style)

@@ -3,6 +3,7 @@
 import datetime
 import importlib.util
 import json
+import os
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
@@ -68,6 +69,25 @@ def _driver() -> str:
     except (OSError, subprocess.SubprocessError):
         return ""  # no NVIDIA driver
     return output.stdout.split("\n")[0].strip()
+
+
+def check_writable(file: Path) -> None:
+    """Before a run, which takes minutes.
+
+    Raises:
+      OSError: `file` cannot be written.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            file.touch()
+            file.unlink()
+        elif file.is_dir():
+            raise IsADirectoryError("it is a folder")
+        elif not os.access(file, os.W_OK):
+            raise PermissionError("no permission")
+    except OSError as error:
+        raise OSError(f"{file} cannot be written: {error.strerror or error}") from error
 
 
 def write(file: Path, top: dict[str, Any], rows: Iterable[Row]) -> None:

@@ -1,7 +1,6 @@
 """`python -m jax_awq verify`: is the arithmetic right, and what does each scheme cost."""
 
 import dataclasses
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +20,7 @@ from jax_awq.verify.schemes import SCHEMES, Row, exceeded, summary
 from jax_awq.verify.synthetic import synthetic_rows, synthetic_weights
 from jax_awq.weights import WEIGHTS
 
+_NARROWEST = 80  # columns; with less rich would cut digits off
 _BOUNDS = "\n\n".join(
     f"{s.name}: error {s.error:g}, perplexity {s.perplexity:g} x" for s in SCHEMES
 )
@@ -74,7 +74,10 @@ def verify(
     console, progress = Console(), Progress(console=Console(stderr=True), transient=True)
     try:
         if json_file is not None:
-            _check_writable(json_file)
+            try:
+                report.check_writable(json_file)
+            except OSError as error:
+                raise OSError(f"verify: --json {error}") from error
         with progress:
             result = _run(awq_model_path, tokens, progress)
         if json_file is not None:
@@ -84,6 +87,7 @@ def verify(
             f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True
         )
         raise typer.Exit(1) from error
+    console.width = max(console.width, _NARROWEST)
     for table in _tables(result):
         console.print(table)
     problems = result.problems
@@ -160,21 +164,6 @@ def _of_model(
     for scheme in SCHEMES:
         params = in_model.with_scheme(half.params, scheme, seen)
         result.perplexities[scheme.name] = run(params, half.config, measured, advance)
-
-
-def _check_writable(file: Path) -> None:
-    """Before the run, which takes minutes."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if not file.exists():
-            file.touch()
-            file.unlink()
-        elif file.is_dir():
-            raise IsADirectoryError("it is a folder")
-        elif not os.access(file, os.W_OK):
-            raise PermissionError("no permission")
-    except OSError as error:
-        raise OSError(f"verify: --json {file} cannot be written: {error}") from error
 
 
 def _write(file: Path, result: _Result) -> None:

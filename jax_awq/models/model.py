@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jax_awq._checks import read_dtype
+from jax_awq._checks import read_dtype, read_integer, read_number
 from jax_awq.checkpoint.load import open_hf
 from jax_awq.models import decoder, sampling
 from jax_awq.models.attention import KVCache, make_cache
@@ -50,7 +50,8 @@ def load(
     Raises:
       FileNotFoundError, ImportError: as for `load_hf`.
       ValueError: as for `load_hf`; the model_type or a feature of config.json is not supported, a
-        value of it is out of range, or a tensor is missing, unused, misshapen or of integers.
+        value of it is out of range, or a tensor is missing, unused, misshapen or of integers;
+        `attention` is "cudnn" where cuDNN cannot compute it.
       TypeError: `dtype` is none of the three.
     """
     if layers not in ("unrolled", "stacked"):
@@ -74,8 +75,15 @@ def load(
             put=functools.partial(jax.device_put, device=device),
             place=path,
         )
+    takes_cudnn = _cudnn_takes(config, params["embed"])
+    if attention == "cudnn" and not takes_cudnn:
+        raise ValueError(
+            "load: attention 'cudnn' needs a CUDA device of compute capability 8.0 or more, a "
+            f"16-bit dtype and heads it takes, got {next(iter(params['embed'].devices()))}, "
+            f"{config.dtype} and head_dim {config.head_dim}"
+        )
     if attention is None:
-        attention = "cudnn" if _cudnn_takes(config, params["embed"]) else "xla"
+        attention = "cudnn" if takes_cudnn else "xla"
     return Model(params, dataclasses.replace(config, attention=attention))
 
 
@@ -153,20 +161,23 @@ class Model:
         Raises:
           ValueError: as for `logits`, or `temperature`, `top_p`, `seed` or `eos_token_id` is out of
             range.
+          TypeError: one of these, or `max_new_tokens`, is no number.
         """
-        if max_new_tokens < 0:
+        if read_integer("generate", "max_new_tokens", max_new_tokens) < 0:
             raise ValueError(f"generate: max_new_tokens must be 0 or more, got {max_new_tokens}")
-        if not temperature >= 0:  # a NaN is refused too
+        if not read_number("generate", "temperature", temperature) >= 0:  # a NaN is refused too
             raise ValueError(f"generate: temperature must be 0 or more, got {temperature}")
-        if not 0 <= top_p <= 1:
+        if not 0 <= read_number("generate", "top_p", top_p) <= 1:
             raise ValueError(f"generate: top_p must be from 0 to 1, got {top_p}")
-        if not -(2**63) <= seed < 2**63:
+        if not -(2**63) <= read_integer("generate", "seed", seed) < 2**63:
             raise ValueError(f"generate: seed must be an integer of 64 bits, got {seed}")
         ids, start = self._checked("generate", input_ids, attention_mask, max_new_tokens)
         ends = np.atleast_1d(self.config.eos_token_ids if eos_token_id is None else eos_token_id)
+        if ends.size and not np.issubdtype(ends.dtype, np.integer):
+            raise TypeError(f"generate: eos_token_id must be integers, got {eos_token_id!r}")
         if ends.size and (ends.min() < -(2**31) or ends.max() >= 2**31):
             raise ValueError(f"generate: eos_token_id must be integers of 32 bits, got {ends}")
-        draw = None if temperature == 0 else (jax.random.key(seed), temperature, top_p)
+        draw = None if temperature == 0 else (_key(seed), temperature, top_p)
         nucleus = draw is not None and top_p < 1
         return self._stream(ids, start, max_new_tokens, draw, nucleus, ends.astype(np.int32))
 
@@ -216,7 +227,13 @@ class Model:
                 return
 
     def _checked(self, name, input_ids, attention_mask, new) -> tuple[np.ndarray, Array | None]:
-        ids = np.asarray(input_ids)
+        try:
+            ids = np.asarray(input_ids)
+        except ValueError as error:  # of NumPy
+            raise ValueError(
+                f"{name}: input_ids must have rows of equal length: pad on the left, and tell it "
+                "by attention_mask"
+            ) from error
         if ids.ndim != 2 or 0 in ids.shape or not np.issubdtype(ids.dtype, np.integer):
             raise ValueError(
                 f"{name}: input_ids must be integers (B, T) of at least one token, "
@@ -235,9 +252,13 @@ class Model:
         if attention_mask is None:
             return ids.astype(np.int32), None
         mask = np.asarray(attention_mask)
-        if mask.shape != ids.shape or not np.isin(mask, (0, 1)).all():
+        if mask.shape != ids.shape:
             raise ValueError(
                 f"{name}: attention_mask must be 0 and 1 of shape {ids.shape}, got {mask.shape}"
+            )
+        if not np.isin(mask, (0, 1)).all():
+            raise ValueError(
+                f"{name}: attention_mask must be 0 and 1, got {mask.min()} to {mask.max()}"
             )
         if (np.diff(mask.astype(np.int8), axis=1) < 0).any() or not mask[:, -1].all():
             raise ValueError(
@@ -246,6 +267,13 @@ class Model:
             )
         start = (mask.shape[1] - mask.sum(axis=1)).astype(np.int32)
         return ids.astype(np.int32), jnp.asarray(start) if start.any() else None
+
+
+def _key(seed: int) -> Array:
+    """Of all 64 bits; without 64-bit mode `jax.random.key` takes the lower 32."""
+    key = jax.random.key(seed % 2**32)
+    high = seed // 2**32 % 2**32
+    return jax.random.fold_in(key, np.uint32(high)) if high else key
 
 
 def decode_program(model: Model, *, nucleus: bool = False) -> jax.stages.Wrapped:

@@ -36,15 +36,19 @@ def sample(
 
     Source: nucleus sampling, arXiv 1904.09751.
     """
-    logits = logits.astype(jnp.float32) / temperature
+    logits = logits.astype(jnp.float32)
+    # Below the largest, so that no temperature makes infinities of the likely ones; what is
+    # subnormal would count as 0.
+    below = logits - jnp.max(logits, axis=-1, keepdims=True)
+    divided = below / jnp.maximum(temperature, jnp.finfo(jnp.float32).tiny)
     if nucleus:
-        logits = jnp.where(_nucleus(logits, top_p), logits, -jnp.inf)
-    return jax.random.categorical(jax.random.fold_in(key, step), logits).astype(jnp.int32)
+        divided = jnp.where(_nucleus(logits, divided, top_p), divided, -jnp.inf)
+    return jax.random.categorical(jax.random.fold_in(key, step), divided).astype(jnp.int32)
 
 
-def _nucleus(logits: Array, top_p: Any) -> Array:
+def _nucleus(logits: Array, divided: Array, top_p: Any) -> Array:
     order = jnp.argsort(logits, axis=-1, descending=True)
-    chances = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
+    chances = jax.nn.softmax(jnp.take_along_axis(divided, order, axis=-1), axis=-1)
     before = jnp.cumsum(chances, axis=-1) - chances
     # The first is always kept, so that top_p = 0 is the most likely token.
     kept = (before < top_p).at[..., 0].set(True)

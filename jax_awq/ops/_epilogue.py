@@ -23,6 +23,11 @@ def epilogue(y, bias, *, activation, out_dtype) -> Array:
     return ACTIVATIONS[activation](y).astype(out_dtype)
 
 
+def bias_tangent(dbias, y):
+    """A tangent of the bias as one of `y`; its transpose adds the rows in float32."""
+    return jnp.broadcast_to(dbias.astype(jnp.float32)[..., None, :], y.shape).astype(y.dtype)
+
+
 def finish_jvp(y, dy, *, activation, out_dtype, **params):
     """Result and tangent from those before the activation; None is a zero tangent."""
     if activation == "none":

@@ -73,6 +73,8 @@ def plan_call(op, device, *operands, **params):
     reason = why_reference(device, target, params["variant"])
     if not reason and any(isinstance(d, int) and d == 0 for d in (*out.shape, a.shape[-1])):
         reason = "an operand or the result is empty"
+    if not reason and not all(isinstance(d, int) for d in (out.shape[-1], a.shape[-1])):
+        reason = "K or N is symbolic"
     if reason or target is None:
         return dataclasses.replace(reference_plan(op, reason), accumulator="int32")
     batch = known(out.shape[0]) if len(out.shape) == 3 else 1

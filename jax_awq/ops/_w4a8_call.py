@@ -121,11 +121,15 @@ def _group_products(q, qweight, scales, qzeros=None, *, layout) -> Array:
             )
         return sums * scale[..., None, :]
 
-    first, *rest = (jax.tree.map(lambda a, s=s: a[s], parts) for s in (0, slice(1, None)))
-    total = product(first)
+    def add(y, part):
+        return y + product(part), None
+
+    first = product(jax.tree.map(lambda a: a[0], parts))
+    if not isinstance(groups, int):  # symbolic, so that there is no telling of a rest
+        return lax.scan(add, jnp.zeros_like(first), parts)[0]
     if groups == 1:
-        return total
-    return lax.scan(lambda y, part: (y + product(part), None), total, *rest)[0]
+        return first
+    return lax.scan(add, first, jax.tree.map(lambda a: a[1:], parts))[0]
 
 
 def int8_weight(qweight, qzeros=None, *, layout) -> Array:

@@ -10,7 +10,7 @@ from jax_awq._batching import fold_batch, fold_rows, scale_of_rows
 from jax_awq._primitive import OpDef, Sharding, bind_varying, define_primitive
 from jax_awq.ops import _activation, _awq_gemm_call, _weight
 from jax_awq.ops import _w4a8_call as call
-from jax_awq.ops._epilogue import epilogue, finish_jvp
+from jax_awq.ops._epilogue import bias_tangent, epilogue, finish_jvp
 from jax_awq.ops.awq_gemm import awq_gemm_p
 
 _BITS = {2: jnp.int16, 4: jnp.int32}
@@ -64,7 +64,7 @@ def _jvp(bind, primals, tangents, **params):
     if dscale is not None and call.is_codes(x):
         terms += product(x, *call.joined(weight, dscale))
     if dbias is not None:
-        terms.append(jnp.broadcast_to(dbias[..., None, :], y.shape).astype(y.dtype))
+        terms.append(bias_tangent(dbias, y))
     dy = functools.reduce(jnp.add, (jnp.broadcast_to(t, y.shape) for t in terms)) if terms else None
     return finish_jvp(y, dy, **params)
 

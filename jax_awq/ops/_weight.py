@@ -28,6 +28,8 @@ def no_kernel(k, n, group_size: int) -> str:
     """Why no kernel takes a (K, N) weight, or "". The FFI handlers refuse the same."""
     if group_size not in _KERNEL_GROUP_SIZES and group_size != k:
         return "group_size is not 32, 64, 128 or K"
+    if not isinstance(k, int) or not isinstance(n, int):
+        return "K or N is symbolic"
     if max(k, n) >= _KERNEL_SIZE_LIMIT:
         return f"K or N is not below {_KERNEL_SIZE_LIMIT}"
     return ""
@@ -38,6 +40,8 @@ def unpack_weight(op: str, qweight, scales, qzeros, layout, group_size):
     if not hasattr(qweight, "qweight"):
         if scales is None:
             raise ValueError(f"{op}: scales are needed unless qweight is an AWQWeight")
+        if hasattr(scales, "qweight"):
+            raise TypeError(f"{op}: scales must be an array, got {type(scales).__name__}")
         return (qweight, scales, qzeros), layout, group_size
     weight = qweight
     given = [

@@ -14,7 +14,7 @@ from jax_awq._primitive import OpDef, Sharding, apply_explicit, bind_varying, de
 from jax_awq.ops import _awq_gemm_call as call
 from jax_awq.ops import _weight
 from jax_awq.ops._arguments import product_operands
-from jax_awq.ops._epilogue import epilogue, finish_jvp
+from jax_awq.ops._epilogue import bias_tangent, epilogue, finish_jvp
 
 _STATIC = (
     "group_size",
@@ -189,7 +189,7 @@ def _jvp(bind, primals, tangents, **params):
     if dscales is not None:
         terms += product(x, qweight, dscales, *zeros)
     if dbias is not None:
-        terms.append(jnp.broadcast_to(dbias[..., None, :], y.shape).astype(y.dtype))
+        terms.append(bias_tangent(dbias, y))
     dy = functools.reduce(jnp.add, (jnp.broadcast_to(t, y.shape) for t in terms)) if terms else None
     return finish_jvp(y, dy, **params)
 

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -211,6 +212,8 @@ def test_options_that_are_refused(tmp_path):
         models.load(GOLDEN / "tiny-llama", layers="scan")
     with pytest.raises(ValueError, match="attention must be 'xla', 'cudnn' or None, got 'foo'"):
         models.load(GOLDEN / "tiny-llama", attention="foo")
+    with pytest.raises(ValueError, match="load: attention 'cudnn' needs a CUDA device"):
+        models.load(GOLDEN / "tiny-llama", attention="cudnn", device=jax.devices("cpu")[0])
     with pytest.raises(ValueError, match=r"layers='stacked' needs equal layers.*\(None, 5\)"):
         models.load(GOLDEN / "tiny-qwen3", layers="stacked")
     with pytest.raises(TypeError, match="dtype must be float16, bfloat16 or float32, got float64"):

@@ -169,6 +169,30 @@ def test_seed_decides():
     np.testing.assert_array_equal(model.generate(ids, 8, temperature=1e-4, eos_token_id=()), greedy)
 
 
+@pytest.mark.parametrize("temperature", [1e-37, 1e-38, 1e-40])
+def test_the_least_temperatures_are_greedy(temperature):
+    model, ids = load(), tokens(4, 6)
+    np.testing.assert_array_equal(
+        model.generate(ids, 8, temperature=temperature, eos_token_id=()),
+        model.generate(ids, 8, eos_token_id=()),
+    )
+
+
+def test_no_part_of_the_probability_is_the_most_likely_token_at_any_temperature():
+    model, ids = load(), tokens(4, 6)
+    np.testing.assert_array_equal(
+        model.generate(ids, 8, temperature=float("inf"), top_p=0.0, eos_token_id=()),
+        model.generate(ids, 8, eos_token_id=()),
+    )
+
+
+def test_all_bits_of_a_seed_count():
+    model, ids = load(), tokens(4, 6)
+    draw = functools.partial(model.generate, ids, 8, temperature=1.5, eos_token_id=())
+    found = [draw(seed=seed).tobytes() for seed in (1, 1 + 2**32, -1, 2**32 - 1)]
+    assert len(set(found)) == 4
+
+
 def test_samples_have_the_frequencies_of_a_nucleus():
     chances = np.array([0.05, 0.4, 0.25, 0.2, 0.1])
     draws, temperature = 4000, 0.5
@@ -201,9 +225,27 @@ def test_samples_have_the_frequencies_of_a_nucleus():
         ({"attention_mask": [[1, 0]]}, "attention_mask must be 0 on the left and 1 to the end"),
         ({"attention_mask": [[0, 0]]}, "attention_mask must be 0 on the left and 1 to the end"),
         ({"attention_mask": [[1]]}, r"attention_mask must be 0 and 1 of shape \(1, 2\)"),
-        ({"attention_mask": [[2, 1]]}, "attention_mask must be 0 and 1"),
+        ({"attention_mask": [[2, 1]]}, "attention_mask must be 0 and 1, got 1 to 2"),
+        ({"input_ids": [[1, 2], [3]]}, "input_ids must have rows of equal length"),
     ],
 )
 def test_what_generate_refuses(change, message):
     with pytest.raises(ValueError, match=f"generate: .*{message}"):
+        load().generate(**{"input_ids": [[3, 4]], "max_new_tokens": 2, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_new_tokens": "3"}, "max_new_tokens must be an integer, got '3'"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be an integer, got 2.5"),
+        ({"temperature": "a"}, "temperature must be a number, got 'a'"),
+        ({"top_p": None}, "top_p must be a number, got None"),
+        ({"seed": 1.5}, "seed must be an integer, got 1.5"),
+        ({"eos_token_id": 15.5}, "eos_token_id must be integers, got 15.5"),
+        ({"eos_token_id": True}, "eos_token_id must be integers, got True"),
+    ],
+)
+def test_what_is_no_number(change, message):
+    with pytest.raises(TypeError, match=f"generate: {message}"):
         load().generate(**{"input_ids": [[3, 4]], "max_new_tokens": 2, **change})

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jax_awq import AWQWeight, awq_gemm, plan, quantize_activation
+from jax_awq import AWQWeight, awq_gemm, awq_gemm_w4a8, plan, quantize_activation
 from jax_awq.testing import (
     Problem,
     assert_close_to_float64,
@@ -232,6 +232,19 @@ def test_no_experts(rng, layout):
 def test_no_outputs():
     weight = AWQWeight(np.zeros((64, 0), np.int32), np.ones((2, 0), np.float16))
     assert (np.zeros((5, 64), np.float16) @ weight).shape == (5, 0)
+
+
+@pytest.mark.parametrize("op", [awq_gemm, awq_gemm_w4a8])
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_gradient_of_a_shared_bias_adds_in_float32(op, activation):
+    """8192 ones: in bfloat16 a sum of ones stays at 256, in blocks at 2048."""
+    weight = AWQWeight(jnp.zeros((64, 32, 8), jnp.int32), jnp.ones((64, 1, 64), jnp.bfloat16))
+    x, bias = jnp.zeros((64, 128, 32), jnp.bfloat16), jnp.ones(64, jnp.bfloat16)
+
+    def loss(bias):
+        return op(x, weight, bias=bias, activation=activation).astype(jnp.float32).sum()
+
+    np.testing.assert_array_equal(jax.grad(loss)(bias), np.full(64, 8192, jnp.bfloat16))
 
 
 @pytest.mark.parametrize("factor", [1e-9, 1e6])
