@@ -1,7 +1,6 @@
 """Static scales of activations, from data: one pass over batches, whatever their number."""
 
 import dataclasses
-import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jax_awq._checks import FLOATS, check_choice, check_dtype, check_shape
+from jax_awq._checks import FLOATS, check_choice, check_dtype, check_shape, read_number
 from jax_awq._explicit import on_auto_axes
 from jax_awq._pytree import pytree
 from jax_awq.ops._activation import LARGEST_CODE, absmax_of, scale_of
@@ -179,8 +178,8 @@ def calibrate_activation(
 
 
 def _check_percentile(op: str, percentile: Any) -> None:
-    if not isinstance(percentile, numbers.Real) or not 0 < percentile <= 100:
-        raise ValueError(f"{op}: percentile must be in (0, 100], got {percentile!r}")
+    if not 0 < read_number(op, "percentile", percentile) <= 100:
+        raise ValueError(f"{op}: percentile must be in (0, 100], got {percentile}")
 
 
 _update = jax.jit(ActivationRange.update)

@@ -161,8 +161,8 @@ def test_trees(rng):
         (
             [np.ones((1, 2), np.float32)],
             {"method": "percentile", "percentile": "99"},
-            ValueError,
-            "percentile must be in (0, 100], got '99'",
+            TypeError,
+            "percentile must be a number, got '99'",
         ),
         (
             {"a": np.ones((1, 2), np.float32)},

@@ -3,11 +3,13 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoints import CONFIG, LINEAR, linear, write
 
 import jax_awq
+from jax_awq.checkpoint.load import open_hf
 
 # Defects of the tensors: every message names the tensor and the file
 
@@ -136,6 +138,7 @@ VALUES = {
     "i64": (put("a", np.array([1, 2**40 + 5])), "a", "must have values of int32 .* 1099511627781"),
     "low_i64": (put("a", np.array([-(2**31) - 1])), "a", "must have .* got -2147483649"),
     "u64": (put("a", np.array([2**32], np.uint64)), "a", "must have values of uint32 .*4294967296"),
+    "f64": (put("a", np.array([1, -1e300])), "a", r"must be finite in float32, got -1e\+300"),
 }
 
 
@@ -157,6 +160,55 @@ def test_64_bit_integers_that_fit_are_loaded(tmp_path):
     tensors["a"][0] = 2**40
     with jax.enable_x64(True):
         assert jax_awq.load_hf(write(tmp_path, linear() | tensors))["a"].tolist()[0] == 2**40
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float8_e4m3fn"])
+@pytest.mark.parametrize("stored", [np.float32, jnp.bfloat16, np.float64])
+def test_finite_values_stay_finite(tmp_path, dtype, stored):
+    array = np.array([np.inf, -np.inf, np.nan, 1, 1e-9], stored)
+    loaded = jax_awq.load_hf(write(tmp_path, linear() | {"a": array}), dtype=dtype)["a"]
+    assert loaded.dtype == dtype
+    np.testing.assert_array_equal(
+        np.float32(loaded),
+        np.float32(array.astype(jnp.dtype(dtype))),  # numpy's NaN is no float8
+    )
+    folder = write(tmp_path, linear() | {"a": np.append(array, stored(1e30))})
+    for load in (jax_awq.load_hf, _read_all):
+        with pytest.raises(
+            ValueError,
+            match=rf"^load_hf: tensor a in .*model.safetensors must be finite in {dtype}, got",
+        ):
+            load(folder, dtype=dtype)
+
+
+def _read_all(folder, dtype):
+    """As `models.load` does."""
+    with open_hf(folder, dtype=dtype, for_model=True) as tensors:
+        return [read() for read in tensors.values()]
+
+
+def test_float64(tmp_path):
+    folder = write(tmp_path, linear() | {"a": np.array([1e300])})
+    with jax.enable_x64(True):
+        assert jax_awq.load_hf(folder)["a"].tolist() == [1e300]
+
+
+@pytest.mark.parametrize("device", ["cpu", 0])
+def test_device_that_is_none(tmp_path, device):
+    with pytest.raises(
+        TypeError, match=f"^load_hf: device must be a jax.Device or Sharding, got {device!r}$"
+    ):
+        jax_awq.load_hf(write(tmp_path, linear()), device=device)
+
+
+@pytest.mark.parametrize("value", [5, True, "LlamaForCausalLM"])
+def test_architectures_must_be_a_list(tmp_path, value):
+    file = write(tmp_path, linear()) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"architectures": value}))
+    with pytest.raises(
+        ValueError, match=f"^load_hf: {file}: architectures must be list, got {value!r}$"
+    ):
+        jax_awq.load_hf(tmp_path)
 
 
 def test_dtype_that_is_not_read(tmp_path):

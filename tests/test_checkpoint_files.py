@@ -1,6 +1,7 @@
 """`load_hf` refuses damaged, missing and contradictory files with one error that names them."""
 
 import json
+import os
 import sys
 
 import numpy as np
@@ -28,6 +29,36 @@ def test_truncated_header(tmp_path, length):
     file = write(tmp_path, linear()) / "model.safetensors"
     file.write_bytes(file.read_bytes()[:length])
     with pytest.raises(ValueError, match=f"{file} is damaged"):
+        jax_awq.load_hf(tmp_path)
+
+
+@pytest.mark.parametrize("length", [100, 2**62, 2**63 + 5, 2**64 - 1])
+@pytest.mark.parametrize("header", ["{}", '{"a":{"data_offsets":[]}}', "[" * 100_000])
+def test_length_of_the_header_beyond_the_file(tmp_path, length, header):
+    file = write(tmp_path, linear()) / "model.safetensors"
+    file.write_bytes(length.to_bytes(8, "little") + header.encode())
+    with pytest.raises(ValueError, match=f"^load_hf: {file} is damaged: "):
+        jax_awq.load_hf(tmp_path)
+
+
+def test_folder_in_place_of_a_file(tmp_path):
+    file = write(tmp_path, linear()) / "model.safetensors"
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(
+        IsADirectoryError, match=f"^load_hf: {file} cannot be read: Is a directory$"
+    ):
+        jax_awq.load_hf(tmp_path)
+
+
+def test_file_that_may_not_be_read(tmp_path):
+    file = write(tmp_path, linear()) / "model.safetensors"
+    file.chmod(0)
+    if os.access(file, os.R_OK):
+        pytest.skip("root reads every file")
+    with pytest.raises(
+        PermissionError, match=f"^load_hf: {file} cannot be read: Permission denied$"
+    ):
         jax_awq.load_hf(tmp_path)
 
 

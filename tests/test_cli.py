@@ -1,6 +1,7 @@
 """`python -m jax_awq`: text of a model, and what a checkpoint has."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -145,6 +146,7 @@ def change_tensors(folder, change):
             "tensor model.norm.weight in .* must have a floating dtype",
         ),
         (lambda t: None, {"model_type": "gemma2"}, "model_type must be one of"),
+        (lambda t: None, {"architectures": 5}, "config.json: architectures must be list, got 5"),
         (
             lambda t: t.pop("model.layers.1.mlp.up_proj.scales"),
             {},
@@ -161,6 +163,78 @@ def test_inspect_tells_problems(tmp_path, change, config, message):
     assert "no problems" not in found.stdout
     with pytest.raises(ValueError, match=message):
         models.load(folder)
+
+
+FREQUENCIES = "model.layers.0.self_attn.rotary_emb.inv_freq"
+
+
+@pytest.mark.parametrize(
+    ("name", "edit"),
+    [
+        ("lm_head.weight", lambda head: head[:-8]),
+        ("lm_head.weight", lambda head: head.astype(np.int32)),
+        (FREQUENCIES, lambda found: found[:3]),
+    ],
+)
+def test_inspect_tells_of_what_is_compared(tmp_path, name, edit):
+    folder = copy(tmp_path, tie_word_embeddings=True)
+    config = models.load(GOLDEN / "tiny-llama").config
+    frequencies = config.rope.frequencies(config.head_dim)
+
+    def put(change):
+        def edit_tensors(tensors):
+            tensors |= {
+                "lm_head.weight": tensors["model.embed_tokens.weight"],
+                FREQUENCIES: frequencies,
+            }
+            tensors[name] = np.ascontiguousarray(change(tensors[name]))
+
+        change_tensors(folder, edit_tensors)
+
+    put(lambda same: same)
+    models.load(folder)
+    assert survey(folder).problems == []
+    put(edit)
+    with pytest.raises(ValueError, match=rf"tensor {name}|lm_head.weight differs"):
+        models.load(folder)
+    (problem,) = survey(folder).problems
+    assert problem.startswith(f"load: tensor {name} in {folder / 'model.safetensors'} must have ")
+
+
+@pytest.mark.parametrize("dtype", ["F4", "F6_E2M3"])
+def test_inspect_tells_of_a_dtype_that_is_not_read(tmp_path, dtype):
+    folder = copy(tmp_path)
+    change_tensors(folder, lambda t: t.update({FREQUENCIES: np.zeros(12, np.int8)}))
+    file = folder / "model.safetensors"
+    data, shape = file.read_bytes(), {"F4": "[24]", "F6_E2M3": "[16]"}[dtype]
+    old, new = b'"I8","shape":[12]', f'"{dtype}","shape":{shape}'.encode()
+    assert data.count(old) == 1
+    length = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + length].replace(old, new)
+    file.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
+    found = run("inspect", folder)
+    assert found.exit_code == 1
+    text = rf"load_hf: tensor {FREQUENCIES} in {file} must be BOOL.*, got {dtype}"
+    assert re.search(f"problem: {text}", found.stdout)
+    with pytest.raises(ValueError, match=text):
+        models.load(folder)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_inspect_on_a_full_disk():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "jax_awq", "inspect", str(LLAMA)],
+            env={"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+    assert done.returncode != 0
+    assert done.stderr.startswith("error: [Errno 28] No space left on device\n")
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("name", checkpoints.WRITERS)

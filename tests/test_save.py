@@ -1,7 +1,8 @@
 """`save_hf`: exact keys, shards, replaced folders, and what it refuses."""
 
+import errno
+import functools
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -214,21 +215,78 @@ def test_failure_leaves_everything_as_it_was(tmp_path, rng, monkeypatch, overwri
     assert files(tmp_path) == (["a"] if overwrite else [])
 
 
-def test_interrupted_replacement_does_not_load(tmp_path, rng, monkeypatch):
-    folder = tmp_path / "a"
-    jax_awq.save_hf(folder, {NAME: weight(rng)}, CONFIG)
-    moved = []
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("count", range(5))
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_failing_move_leaves_everything_as_it_was(tmp_path, rng, monkeypatch, error, count, late):
+    """Each of the four moves, with an interrupt before or after it; the fifth is not there."""
+    jax_awq.save_hf(tmp_path, {NAME: weight(rng)}, CONFIG)
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    moves, replace = [], Path.replace
 
-    def replace(source, target):
-        moved.append(os.path.basename(target))
-        raise KeyboardInterrupt
+    def failing(source, target):
+        moves.append(target)
+        if len(moves) != count + 1:
+            return replace(source, target)
+        if late:
+            replace(source, target)
+        raise error
 
-    monkeypatch.setattr(Path, "replace", replace)
-    with pytest.raises(KeyboardInterrupt):
-        jax_awq.save_hf(folder, {NAME: weight(rng)}, CONFIG, overwrite=True)
-    assert moved == ["model.safetensors"]
-    with pytest.raises(FileNotFoundError):
-        jax_awq.load_hf(folder)
+    monkeypatch.setattr(Path, "replace", failing)
+    save = functools.partial(jax_awq.save_hf, tmp_path, {NAME: weight(rng)}, CONFIG, overwrite=True)
+    if count == 4:
+        save()
+        assert {p: p.read_bytes() for p in tmp_path.iterdir()}.keys() == before.keys()
+        assert [p.name for p in moves if p.parent != tmp_path] == [
+            "config.json",
+            "model.safetensors",
+        ]
+        assert [p.name for p in moves[2:]] == ["model.safetensors", "config.json"]
+        return
+    with pytest.raises(error):
+        save()
+    assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_old_files_that_cannot_be_put_back_are_not_removed(tmp_path, rng, monkeypatch):
+    jax_awq.save_hf(tmp_path, {NAME: weight(rng)}, CONFIG)
+    old = (tmp_path / "model.safetensors").read_bytes()
+    replace = Path.replace
+
+    def failing(source, target):
+        if Path(target).parent == tmp_path:
+            raise OSError("no more moves into the folder")
+        return replace(source, target)
+
+    monkeypatch.setattr(Path, "replace", failing)
+    with pytest.raises(OSError, match=r"\.old"):
+        jax_awq.save_hf(tmp_path, {NAME: weight(rng)}, CONFIG, overwrite=True)
+    (aside,) = tmp_path.iterdir()
+    assert files(aside) == ["config.json", "model.safetensors"]
+    assert (aside / "model.safetensors").read_bytes() == old
+
+
+def test_link_to_another_filesystem(tmp_path, rng, monkeypatch):
+    """Between folders that only a link joins, nothing can be renamed."""
+    (tmp_path / "there").mkdir()
+    link = tmp_path / "here" / "link"
+    link.parent.mkdir()
+    link.symlink_to(tmp_path / "there")
+    replace = Path.replace
+
+    def within(source, target):
+        if tmp_path / "there" not in Path(source).resolve().parents:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        return replace(source, target)
+
+    monkeypatch.setattr(Path, "replace", within)
+    for overwrite in (False, True):
+        given = weight(rng)
+        jax_awq.save_hf(link, {NAME: given}, CONFIG, overwrite=overwrite)
+        found = jax_awq.load_hf(tmp_path / "there")[NAME]
+        np.testing.assert_array_equal(found.qweight, given.qweight)
+        assert files(link) == ["config.json", "model.safetensors"]
+        assert files(link.parent) == ["link"]
 
 
 # What it refuses
@@ -274,6 +332,44 @@ def test_refuses(tmp_path, rng, change, error, text):
     with pytest.raises(error, match=f"^save_hf: {text}"):
         jax_awq.save_hf(tmp_path / "a", params, CONFIG)
     assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"max_shard_bytes": "5GB"}, "max_shard_bytes must be an integer, got '5GB'"),
+        ({"max_shard_bytes": None}, "max_shard_bytes must be an integer, got None"),
+        ({"max_shard_bytes": float("nan")}, "max_shard_bytes must be an integer, got nan"),
+        ({"params": None}, "params must be a mapping, got NoneType"),
+        ({"params": []}, "params must be a mapping, got list"),
+        ({"params": {1: np.ones(3)}}, "params must have strings as keys, got 1"),
+        ({"config": None}, "config must be a mapping, got NoneType"),
+        ({"config": [1]}, "config must be a mapping, got list"),
+        ({"config": {1: 2, "a": 3}}, "config must have strings as keys, got 1"),
+        ({"config": {"a": np.float32(1)}}, "config must be JSON, .* float32 is not JSON serial"),
+        ({"config": {"a": {1: 2, "a": 3}}}, "config must be JSON, with strings as keys, got: "),
+    ],
+)
+def test_arguments_of_a_wrong_type(tmp_path, rng, change, text):
+    arguments = {"params": {NAME: weight(rng)}, "config": CONFIG} | change
+    with pytest.raises(TypeError, match=f"^save_hf: {text}"):
+        jax_awq.save_hf(tmp_path / "a", **arguments)
+    assert files(tmp_path) == []
+
+
+def test_link_to_nothing(tmp_path, rng):
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    with pytest.raises(FileExistsError, match=r"^save_hf: .*link must be a folder, got a link"):
+        jax_awq.save_hf(tmp_path / "link", {NAME: weight(rng)}, CONFIG)
+    assert files(tmp_path) == ["link"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "x.safetensors"])
+def test_folder_with_the_name_of_a_file(tmp_path, rng, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(FileExistsError, match=f"^save_hf: {tmp_path / name} must be a file, got a"):
+        jax_awq.save_hf(tmp_path, {NAME: weight(rng)}, CONFIG, overwrite=True)
+    assert files(tmp_path) == [name]
 
 
 def test_other_errors(tmp_path, rng, monkeypatch):

@@ -105,13 +105,14 @@ def read_model_config(folder: Path) -> dict[str, Any]:
       empty if there is no config.json.
 
     Raises:
-      ValueError: not JSON, or an old and a new name with different values.
+      ValueError: not JSON, a value of a wrong type, or an old and a new name with different values.
     """
     file = folder / "config.json"
     if not file.is_file():
         return {}
     values = read_json(file)
     values |= _typed(file, values, "text_config", dict) or {}
+    _typed(file, values, "architectures", list)
     dtype = {"dtype": values.pop("torch_dtype", None)}
     rope = dict(_typed(file, values, "rope_scaling", dict) or {})
     values.pop("rope_scaling", None)

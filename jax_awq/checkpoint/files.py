@@ -47,6 +47,7 @@ def find_tensors(folder: Path) -> dict[str, Tensor]:
     Raises:
       FileNotFoundError: no folder, no safetensors file in it, or a shard that the index names is
         missing.
+      OSError: a file cannot be read.
       ValueError: a damaged file, a tensor that is in two files, or files and index that disagree.
     """
     if not folder.is_dir():
@@ -169,8 +170,12 @@ def _read_header(file: Path) -> list[Tensor]:
     """
     safetensors = import_safetensors("load_hf")
     try:
+        # The library says that a file which it may not read is not there.
+        file.open("rb").close()
         with safetensors.safe_open(file, "np"):
             pass
+    except OSError as error:
+        raise type(error)(f"load_hf: {file} cannot be read: {error.strerror or error}") from error
     except safetensors.SafetensorError as error:
         raise ValueError(f"load_hf: {file} is damaged: {error}{_what_is_cut(file)}") from error
     return [
@@ -183,8 +188,9 @@ def _header(file: Path) -> tuple[list[tuple[str, Any]], int]:
     """(tensors and what the header says of them, byte where their data begins)."""
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
+        there = min(length, file.stat().st_size)  # of a damaged file it may be any number
         # Objects stay lists of pairs until a name that is there twice has been looked for.
-        pairs = json.loads(stream.read(length), object_pairs_hook=list)
+        pairs = json.loads(stream.read(there), object_pairs_hook=list)
     names = [name for name, _ in pairs]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -194,7 +200,8 @@ def _header(file: Path) -> tuple[list[tuple[str, Any]], int]:
 
 def _what_is_cut(file: Path) -> str:
     size = file.stat().st_size
-    with contextlib.suppress(ValueError, TypeError, KeyError):  # the header itself may be damaged
+    # The header itself may be damaged.
+    with contextlib.suppress(ValueError, TypeError, LookupError, RecursionError):
         entries, begin = _header(file)
         for name, entry in entries:
             end = begin + entry["data_offsets"][1]

@@ -46,8 +46,9 @@ def load_hf(
     Args:
       path: folder with config.json (or quant_config.json, quantize_config.json) and one safetensors
         file, or several and their index. The files are memory-mapped and read one linear at a time.
-      dtype: floating dtype for the tensors that are not quantized; by default as stored. Scales
-        stay as stored: the weight is rounded only once, in the product.
+      dtype: floating dtype for the tensors that are not quantized; by default as stored, but
+        float32 for float64 where jax_enable_x64 is not set. Scales stay as stored: the weight is
+        rounded only once, in the product.
       device: a `jax.Device` or `Sharding` for the arrays; by default JAX's default device, which
         also converts.
       progress: whether to show on stderr how far it is.
@@ -60,17 +61,20 @@ def load_hf(
 
     Raises:
       FileNotFoundError: the folder, its configuration or a file that it names is missing.
+      OSError: a file cannot be read.
       ValueError: a file is damaged; a layer, an expert, a module of a Llama, Mistral, Qwen2 or
         Qwen3, or a tensor is missing; a tensor is unused, twice there or misshapen, has values that
         its format does not have, such as a scale that is not finite, is in a format or dtype that
-        is not read, or has 64-bit integers that JAX, which makes 32-bit ones of them, would cut
-        off; or the configuration contradicts the tensors.
-      TypeError: `dtype` is not floating.
+        is not read, has 64-bit integers that JAX, which makes 32-bit ones of them, would cut
+        off, or numbers too large for its dtype; or the configuration contradicts the tensors.
+      TypeError: `dtype` is not floating, or `device` neither a device nor a sharding.
       ImportError: safetensors is not installed.
 
     Source: AutoAWQ 0.2.9, awq/modules/linear; llm-awq, awq/quantize/qmodule.py; GPTQModel 7.7.0;
       compressed-tensors 0.19.0.
     """
+    if not isinstance(device, jax.Device | jax.sharding.Sharding | None):
+        raise TypeError(f"load_hf: device must be a jax.Device or Sharding, got {device!r}")
     with open_hf(path, dtype=dtype, progress=progress) as tensors:
         return {name: jax.device_put(read(), device) for name, read in tensors.items()}
 
@@ -115,8 +119,8 @@ def open_hf(
             array = read(tensor)
             report(1)
             _check_integers(tensor, array)
-            if dtype is not None and jnp.issubdtype(array.dtype, jnp.floating):
-                array = array.astype(dtype)
+            if jnp.issubdtype(array.dtype, jnp.floating):
+                array = _cast(tensor, array, array.dtype if dtype is None else dtype)
             return array
 
         def read_quantized(linear: Linear) -> AWQWeight | PermutedWeight:
@@ -182,6 +186,19 @@ def _check_integers(tensor: Tensor, array: np.ndarray) -> None:
             f"load_hf: {tensor} must have values of {limits.dtype} where jax_enable_x64 is not "
             f"set, got {wrong[0]}"
         )
+
+
+def _cast(tensor: Tensor, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The array in the dtype that JAX has of it; what is finite must stay so."""
+    dtype = jax.dtypes.canonicalize_dtype(dtype)
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore"):
+        cast = array.astype(dtype)
+    wrong = array[np.isfinite(array) & ~np.isfinite(cast)]
+    if wrong.size:
+        raise ValueError(f"load_hf: {tensor} must be finite in {dtype}, got {wrong[0]}")
+    return cast
 
 
 def _read_weight(linear: Linear, read: Any) -> AWQWeight | PermutedWeight:

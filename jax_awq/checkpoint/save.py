@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jax_awq._checks import FLOATS, check_dtype, check_shape
+from jax_awq._checks import FLOATS, check_dtype, check_shape, read_integer
 from jax_awq._packing import group_shapes
 from jax_awq.checkpoint.config import CONFIG_FILES
 from jax_awq.checkpoint.files import INDEX, Tensor, import_safetensors
@@ -49,9 +49,9 @@ def save_hf(
     """Writes a checkpoint folder in AutoAWQ's "gemm" format, the inverse of `load_hf`.
 
     Codes, zero points, scales and other tensors keep their bits; weights in another layout are
-    converted, and a weight without zero points gets 8 for all of them. Everything is written beside
-    the folder and then renamed, config.json last: a folder that loads is complete. Files of the
-    tokenizer are the caller's to copy.
+    converted, and a weight without zero points gets 8 for all of them. Everything is written to a
+    hidden folder and then renamed, config.json last: a folder that loads is complete, and what it
+    held before is there again where that fails. Files of the tokenizer are the caller's to copy.
 
     Args:
       path: the folder, made if it is not there.
@@ -65,26 +65,28 @@ def save_hf(
         replaced. Other files stay.
 
     Raises:
-      FileExistsError: the folder holds a model and `overwrite` is false, or it is a file.
+      FileExistsError: the folder holds a model and `overwrite` is false, it is no folder, or in it
+        a folder has the name of a model's file.
       ValueError: no weight is quantized, one is stacked or has permuted inputs, their group sizes
         differ, two tensors have one name, or an array has a name or shape which `load_hf` refuses
         beside the weights.
-      TypeError: a value is no array, or of a dtype that safetensors does not write, or scales are
-        float32.
+      TypeError: a value is no array, or of a dtype that safetensors does not write, scales are
+        float32, `config` is not JSON, or an argument is of another type.
       ImportError: safetensors is not installed.
 
     Source: AutoAWQ 0.2.9, awq/modules/linear/gemm.py and awq/models/_config.py.
     """
-    if max_shard_bytes < 1:
+    if read_integer("save_hf", "max_shard_bytes", max_shard_bytes) < 1:
         raise ValueError(f"save_hf: max_shard_bytes must be 1 or more, got {max_shard_bytes}")
+    _check_mapping("params", params)
+    _check_mapping("config", config)
     save_file = import_safetensors("save_hf", "safetensors.numpy").save_file
     folder = Path(path).absolute()
     _check_target(folder, overwrite)
     entries = _entries(params)
-    quantization = _quantization_config(params)
-    text = json.dumps({**config, "quantization_config": quantization}, indent=2, sort_keys=True)
+    text = _json({**config, "quantization_config": _quantization_config(params)})
 
-    with _temporary_beside(folder) as temporary:
+    with _temporary_for(folder) as temporary:
         shards = _shards(entries, max_shard_bytes)
         weight_map: dict[str, str] = {}
         for number, shard in enumerate(shards, 1):
@@ -106,6 +108,23 @@ def save_hf(
             (temporary / f"model{INDEX}").write_text(json.dumps(index, indent=2) + "\n")
         (temporary / "config.json").write_text(text + "\n")
         _move(temporary, folder)
+
+
+def _check_mapping(name: str, value: Any) -> None:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"save_hf: {name} must be a mapping, got {type(value).__name__}")
+    for key in value:
+        if not isinstance(key, str):
+            raise TypeError(f"save_hf: {name} must have strings as keys, got {key!r}")
+
+
+def _json(config: dict[str, Any]) -> str:
+    try:
+        return json.dumps(config, indent=2, sort_keys=True)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TypeError(
+            f"save_hf: config must be JSON, with strings as keys, got: {error}"
+        ) from error
 
 
 def _entries(params: Mapping[str, Any]) -> list[_Entry]:
@@ -244,9 +263,13 @@ def _shards(entries: list[_Entry], limit: int) -> list[list[_Entry]]:
 
 
 def _check_target(folder: Path, overwrite: bool) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"save_hf: {folder} must be a folder")
+    if os.path.lexists(folder) and not folder.is_dir():
+        found = "a file" if folder.exists() else "a link to nothing"
+        raise FileExistsError(f"save_hf: {folder} must be a folder, got {found}")
     files = _model_files(folder)
+    for file in files:
+        if file.is_dir():
+            raise FileExistsError(f"save_hf: {file} must be a file, got a folder")
     if files and not overwrite:
         raise FileExistsError(
             f"save_hf: {folder} holds a model already ({', '.join(f.name for f in files)}); "
@@ -258,12 +281,15 @@ def _model_files(folder: Path) -> list[Path]:
     """Configurations first: a folder that has lost them does not load."""
     configs = [folder / name for name in CONFIG_FILES]
     patterns = (f"*{INDEX}", "*.safetensors")
-    return [f for f in configs if f.is_file()] + sorted(f for p in patterns for f in folder.glob(p))
+    there = [file for file in configs if os.path.lexists(file)]
+    return there + sorted(file for pattern in patterns for file in folder.glob(pattern))
 
 
 @contextlib.contextmanager
-def _temporary_beside(folder: Path) -> Iterator[Path]:
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+def _temporary_for(folder: Path) -> Iterator[Path]:
+    """A hidden folder on the filesystem of `folder`, which may be a mount point: inside it."""
+    parent = folder if folder.exists() else folder.parent
+    temporary = parent / f".save_hf-{uuid.uuid4().hex}"
     temporary.mkdir(parents=True)
     try:
         yield temporary
@@ -272,10 +298,25 @@ def _temporary_beside(folder: Path) -> Iterator[Path]:
 
 
 def _move(temporary: Path, folder: Path) -> None:
+    """Moves the new files in and the old ones out, or none of them where one move fails."""
     if not folder.exists():
         temporary.rename(folder)
         return
-    for file in _model_files(folder):
-        file.unlink()
-    for file in sorted(temporary.iterdir(), key=lambda f: f.name == "config.json"):
-        file.replace(folder / file.name)
+    new = sorted(temporary.iterdir(), key=lambda f: f.name == "config.json")
+    # Not in the temporary folder, which is removed even if the old files could not be put back.
+    aside = temporary.with_suffix(".old")
+    aside.mkdir()
+    with contextlib.ExitStack() as undo:
+        undo.callback(aside.rmdir)
+        for file in _model_files(folder):
+            _rename(file, aside / file.name, undo)
+        for file in new:
+            _rename(file, folder / file.name, undo)
+        undo.pop_all()
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _rename(source: Path, target: Path, undo: contextlib.ExitStack) -> None:
+    # The way back comes first: an interrupt may follow the move at once.
+    undo.callback(lambda: os.path.lexists(source) or target.replace(source))
+    source.replace(target)

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from jax_awq._packing import group_shapes
 from jax_awq.checkpoint.config import find_config, read_config
-from jax_awq.checkpoint.files import Tensor, find_tensors
+from jax_awq.checkpoint.files import Tensor, check_readable, find_tensors
 from jax_awq.checkpoint.formats import Geometry
 from jax_awq.checkpoint.load import (
     Linear,
@@ -71,10 +71,14 @@ def inspect(
 ) -> None:
     """List what a checkpoint has and what stands against loading it, if anything: then exit 1."""
     found = survey(folder)
-    if found.entries:
-        _print_entries(found, every)
-    console = Console()
-    console.print("\n".join(_summary(found)), markup=False, highlight=False, soft_wrap=True)
+    plain: Any = {"markup": False, "highlight": False, "soft_wrap": True}
+    try:
+        if found.entries:
+            _print_entries(found, every)
+        Console().print("\n".join(_summary(found)), **plain)
+    except OSError as error:  # of stdout, such as a full disk
+        Console(stderr=True).print(f"error: {error}", style="red", **plain)
+        raise typer.Exit(1) from error
     if found.problems:
         raise typer.Exit(1)
 
@@ -131,6 +135,8 @@ def survey(folder: Path) -> Survey:
             if config is not None:
                 check_quantized(folder, tensors, linears)
             check_whole(folder, tensors, linears)
+            for tensor in plain.values():
+                check_readable(tensor)
             _assemble(folder, linears, plain, model)
             found.model = model
     except (OSError, ValueError) as error:
@@ -151,15 +157,26 @@ def _assemble(
     plain: Mapping[str, Tensor],
     model: DecoderConfig,
 ) -> None:
-    """What `models.load` does, without values; what it asks of these is left out."""
-    tied = ("lm_head.weight",) if model.tie_embeddings else ()
-    named: dict[str, Any] = {
-        name: _abstract_array(tensor)
-        for name, tensor in plain.items()
-        if name not in tied and not name.endswith(".rotary_emb.inv_freq")
-    }
+    """What `models.load` does, without values; where it compares these, shape and dtype count."""
+    named: dict[str, Any] = {name: _abstract_array(tensor) for name, tensor in plain.items()}
+    for name, shape in _compared(plain, model).items():
+        array = named.pop(name)
+        if (array.shape, array.dtype) != (shape, jnp.float32):
+            raise ValueError(
+                f"load: {plain[name]} must have a floating dtype and shape {shape}, got "
+                f"{plain[name].dtype} {array.shape}"
+            )
     named |= {module: _abstract_weight(linear.geometry) for module, linear in linears.items()}
     jax.eval_shape(lambda tensors: assemble(dict(tensors), model, place=folder), named)
+
+
+def _compared(plain: Iterable[str], model: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors that say again what is known, with their shapes."""
+    frequencies = model.rope.frequencies(model.head_dim).shape
+    found = {name: frequencies for name in plain if name.endswith(".rotary_emb.inv_freq")}
+    if model.tie_embeddings and "lm_head.weight" in plain:
+        found["lm_head.weight"] = (model.vocab_size, model.hidden_size)
+    return found
 
 
 def _abstract_array(tensor: Tensor) -> jax.ShapeDtypeStruct:
