@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 
-# No public name yet: `custom_partitioning` inside a lowering needs the devices of the program, and
-# JAX passes them only to the primitives of this set.
+# No public names yet: for what `jax.ensure_compile_time_eval` sets, see `_partitioned`; for the
+# primitives to which JAX passes the devices of the program, as `custom_partitioning` inside a
+# lowering needs; and for how a sharding is decoded, see `_decoded`.
+from jax._src.config import eager_constant_folding
 from jax._src.dispatch import prim_requires_devices_during_lowering
-from jax._src.sharding_impls import parse_flatten_op_sharding  # nor for this, see `_decoded`
+from jax._src.sharding_impls import parse_flatten_op_sharding
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
@@ -220,7 +222,10 @@ def _partitioned(op, run, params, *operands):
         need_replication_factors=tuple(f for f in order if f in sharding.whole),
         **sizes,
     )
-    return fn(*operands)
+    # `custom_partitioning` takes no function with array constants, of which
+    # `jax.ensure_compile_time_eval` makes some.
+    with eager_constant_folding(False):
+        return fn(*operands)
 
 
 def _decoded(mesh, sharding) -> PartitionSpec:

@@ -36,6 +36,17 @@ def test_eager_and_jit(case):
     assert_close(eager, case.exact(*case.operands), case.dense(*case.float_operands))
 
 
+@every_op
+def test_at_compile_time(case):
+    def early(*operands):
+        with jax.ensure_compile_time_eval():
+            return case.fn(*operands)
+
+    early(*case.operands)
+    constant = jax.jit(lambda: early(*case.operands))()
+    np.testing.assert_array_equal(constant, jax.jit(case.fn)(*case.operands))
+
+
 @pytest.fixture
 def compiled():
     """What JAX traces, lowers or compiles, as it happens."""
