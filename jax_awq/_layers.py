@@ -54,9 +54,14 @@ def match_weights(
     """{path: (weight, bias or None)} of the linears to replace.
 
     Raises:
-      ValueError: a weight or a linear without its counterpart, or of another shape; every one is
-        named.
+      ValueError: a weight or a linear without its counterpart or of another shape, or a bias that
+        is not float; every one is named.
+      TypeError: `weights` is no dict.
     """
+    if not isinstance(weights, Mapping):
+        raise TypeError(
+            f"replace_linears: weights must be a dict by path, got {type(weights).__name__}"
+        )
     quantized = {path: w for path, w in weights.items() if isinstance(w, LAYER_WEIGHTS)}
     unmatched = [path for path in quantized if path not in linears]
     problems = [f"{path} is unused: the model has no linear of that path" for path in unmatched]
@@ -79,9 +84,15 @@ def match_weights(
             problems.append(f"{path}.bias is missing: the linear has a bias")
         elif bias is not None and not linear.has_bias:
             problems.append(f"{path}.bias is unused: the linear has no bias")
+        elif bias is not None and (got := _dtype_name(bias)) not in FLOATS:
+            problems.append(f"{path}.bias must be {' or '.join(FLOATS)}, got {got}")
         elif bias is not None and tuple(bias.shape) != want:
             problems.append(f"{path}.bias must have shape {want}, got {tuple(bias.shape)}")
         result[path] = weight, bias
     if problems:
         raise ValueError("replace_linears: " + "\n".join(problems))
     return result
+
+
+def _dtype_name(array: Any) -> str:
+    return str(getattr(array, "dtype", type(array).__name__))

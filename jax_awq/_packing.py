@@ -10,6 +10,7 @@ Every function takes numpy arrays and JAX arrays, with any number of leading bat
 and answers in kind: a checkpoint is converted on the host without a copy to a device.
 """
 
+import numbers
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -34,11 +35,11 @@ def pack_int4(codes: Any, *, order: Order = "awq", axis: int = -1) -> Any:
 
     Raises:
       TypeError: `codes` is no array of integers.
-      ValueError: `axis` is not a multiple of 8 long, or `order` is unknown.
+      ValueError: `axis` is none of `codes` or not a multiple of 8 long, or `order` is unknown.
 
     Source: AutoAWQ 0.2.9, WQLinear_GEMM.from_linear ("awq") and WQLinear_GEMV ("natural").
     """
-    _check_integers("pack_int4: codes", codes)
+    _check("pack_int4", "codes", codes, "integers", np.integer, order=order, axis=axis)
     xp = _namespace(codes)
     shifts = _shifts(xp, order)
     length = codes.shape[axis]
@@ -58,7 +59,7 @@ def unpack_int4(words: Any, *, order: Order = "awq", axis: int = -1) -> Any:
     """Unpacks every int32 word of `axis` into eight codes, the inverse of `pack_int4`.
 
     Args:
-      words: int32 of any shape.
+      words: int32 of any shape, or the same bits as uint32.
       order: "awq" or "natural", as in `pack_int4`.
       axis: the packed axis.
 
@@ -66,10 +67,10 @@ def unpack_int4(words: Any, *, order: Order = "awq", axis: int = -1) -> Any:
       int8 codes 0 to 15, eight times longer along `axis`; a numpy array for a numpy array.
 
     Raises:
-      TypeError: `words` is no array of integers.
-      ValueError: `order` is unknown.
+      TypeError: `words` is no array of these.
+      ValueError: `axis` is none of `words`, or `order` is unknown.
     """
-    _check_integers("unpack_int4: words", words)
+    _check("unpack_int4", "words", words, "int32", np.int32, np.uint32, order=order, axis=axis)
     xp = _namespace(words)
     shifts = _shifts(xp, order)
     words = xp.moveaxis(words, axis, -1)
@@ -142,17 +143,22 @@ def encode(codes: Any, scales: Any, zeros: Any, *, layout: str, group_size: int)
 
 def _shifts(xp: Any, order: str) -> Any:
     """Bit position of logical column 0 to 7 in a word."""
-    if order not in ("awq", "natural"):
-        raise ValueError(f"order must be 'awq' or 'natural', got {order!r}")
     # An expression, not a table: `custom_partitioning` takes no function with array constants.
     column = xp.arange(PACK_FACTOR, dtype=np.int32)
     return 4 * (column // 2 + column % 2 * 4 if order == "awq" else column)
 
 
-def _check_integers(name: str, array: Any) -> None:
-    kind = getattr(array, "dtype", type(array).__name__)
-    if not hasattr(array, "dtype") or not jnp.issubdtype(array.dtype, np.integer):
-        raise TypeError(f"{name} must be an array of integers, got {kind}")
+def _check(op: str, name: str, array: Any, want: str, *kinds: Any, order: Any, axis: Any) -> None:
+    found = getattr(array, "dtype", None)
+    if found is None or not any(jnp.issubdtype(found, kind) for kind in kinds):
+        got = type(array).__name__ if found is None else found
+        raise TypeError(f"{op}: {name} must be an array of {want}, got {got}")
+    if order not in ("awq", "natural"):
+        raise ValueError(f"{op}: order must be 'awq' or 'natural', got {order!r}")
+    if not isinstance(axis, numbers.Integral) or axis not in range(-array.ndim, array.ndim):
+        raise ValueError(
+            f"{op}: axis must be one of {name} of shape {tuple(array.shape)}, got {axis!r}"
+        )
 
 
 def _namespace(array: Any):

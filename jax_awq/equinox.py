@@ -114,7 +114,8 @@ def replace_linears(
 
     Raises:
       ValueError: weights that no linear of the model has the path of, chosen linears without a
-        weight, shapes or biases that disagree; every one is named.
+        weight, shapes or biases that disagree, biases that are not float; every one is named.
+      TypeError: `weights` is no dict.
     """
     nodes, structure = jax.tree_util.tree_flatten_with_path(
         model, is_leaf=lambda node: type(node) is eqx.nn.Linear

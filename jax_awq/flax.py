@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jax_awq._checks import check_shape
+from jax_awq._checks import check_shape, read_integer
 from jax_awq._layers import LayerWeight, Linear, Predicate, check_layer, match_weights, multiply
+from jax_awq._packing import PACK_FACTOR
 from jax_awq.quantize.rtn import round_to_nearest
 from jax_awq.weights import AWQWeight
 
@@ -115,12 +116,24 @@ class AWQDense(linen.Module):
         """``(..., K)`` to ``(..., features)``.
 
         Raises:
-          ValueError: there is no kernel in "awq", or it has another shape.
+          ValueError: there is no kernel in "awq", or it has another shape; `features` is not
+            positive or, in `init`, no multiple of 8; `inputs` has no channels.
+          TypeError: `features` is no integer.
         """
+        if read_integer("AWQDense", "features", self.features) < 1:
+            raise ValueError(f"AWQDense: features must be 1 or more, got {self.features}")
         inputs = jnp.asarray(inputs, self.dtype)
+        if inputs.ndim == 0 or inputs.shape[-1] == 0:
+            raise ValueError(
+                f"AWQDense: inputs must have shape (..., K) with K 1 or more, got {inputs.shape}"
+            )
         size = (inputs.shape[-1], self.features)
 
         def init() -> AWQWeight:
+            if self.features % PACK_FACTOR:
+                raise ValueError(
+                    f"AWQDense: features must be a multiple of {PACK_FACTOR}, got {self.features}"
+                )
             kernel = self.kernel_init(self.make_rng("params"), size, jnp.float32)
             return round_to_nearest(kernel, group_size=self.group_size, dtype=self.param_dtype)
 
@@ -158,7 +171,8 @@ def replace_linears(
 
     Raises:
       ValueError: weights that no linear of the model has the path of, chosen linears without a
-        weight, shapes or biases that disagree; every one is named.
+        weight, shapes or biases that disagree, biases that are not float; every one is named.
+      TypeError: `weights` is no dict.
     """
     linears = {
         _dotted(path): Linear(

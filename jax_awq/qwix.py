@@ -1,8 +1,10 @@
 """`AWQWeight` to and from qwix, whose `QArray` has one code in each element."""
 
+import functools
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jax_awq._checks import check_choice
@@ -17,6 +19,7 @@ except ImportError as error:
 __all__ = ["from_qarray", "to_qarray"]
 
 _LEAST = {"int4": -8, "uint4": 0}
+_LARGEST_CODE = 15
 
 
 def to_qarray(weight: AWQWeight) -> QArray:
@@ -57,10 +60,14 @@ def from_qarray(array: QArray) -> AWQWeight:
       int4 and has none.
 
     Raises:
-      ValueError: another qtype, or a shape that is no weight's.
+      ValueError: another qtype, a shape that is no weight's, tiles that do not fill it, or, where
+        the values are known, a code or zero point that qtype does not have.
+      TypeError: `array` is no `QArray`, or its codes or zero points are no integers.
 
     Source: qwix 0.1.8, QArray.
     """
+    if not isinstance(array, QArray):
+        raise TypeError(f"from_qarray: array must be a QArray, got {type(array).__name__}")
     qtype = jnp.dtype(array.qtype).name if _is_dtype(array.qtype) else array.qtype
     check_choice("from_qarray", "qtype", qtype, tuple(_LEAST))
     if array.ndim < 2 or array.shape[-1] % PACK_FACTOR:
@@ -71,17 +78,44 @@ def from_qarray(array: QArray) -> AWQWeight:
     zeros = array.zero_point
     if zeros is None and qtype == "uint4":
         zeros = jnp.zeros_like(array.scale, jnp.uint4)
-    rows = {array.scale.shape[-2], *(() if zeros is None else (zeros.shape[-2],))}
-    shape = (*array.shape[:-2], math.lcm(*rows), array.shape[-1])
-
-    def codes_of(values: Any) -> Any:
-        return jnp.asarray(values, jnp.int8) - _LEAST[qtype]
-
+    tiled = {"scale": array.scale} | ({} if zeros is None else {"zero_point": zeros})
+    for name, part in tiled.items():
+        _check_tiles(name, part.shape, array.shape)
+    rows = math.lcm(*(part.shape[-2] for part in tiled.values()))
+    shape = (*array.shape[:-2], rows, array.shape[-1])
     return AWQWeight(
-        pack_int4(codes_of(array.qvalue)),
+        pack_int4(_codes("qvalue", array.qvalue, qtype)),
         _untiled(array.scale, shape),
-        None if zeros is None else pack_int4(_untiled(codes_of(zeros), shape)),
+        None if zeros is None else pack_int4(_untiled(_codes("zero_point", zeros, qtype), shape)),
     )
+
+
+def _check_tiles(name: str, counts: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    fits = len(counts) == len(shape) and all(counts)
+    if not fits or any(size % count for size, count in zip(shape, counts, strict=True)):
+        raise ValueError(
+            f"from_qarray: {name} must have a divisor of each size of {shape}, got shape {counts}"
+        )
+
+
+def _codes(name: str, values: Any, qtype: str) -> Any:
+    """0 to 15, as int8."""
+    if not jnp.issubdtype(values.dtype, jnp.integer):
+        raise TypeError(f"from_qarray: {name} must be integers, got {values.dtype}")
+    least = _LEAST[qtype]
+    inside = _is_inside(values, least)
+    if not isinstance(inside, jax.core.Tracer) and not inside:
+        raise ValueError(
+            f"from_qarray: {name} must be from {least} to {least + _LARGEST_CODE}, those of "
+            f"{qtype}, got {values.min()} to {values.max()}"
+        )
+    return jnp.asarray(values, jnp.int8) - least
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _is_inside(values: Any, least: int) -> Any:
+    values = values.astype(jnp.float32)  # which has the bounds, whatever integers these are
+    return ((values >= least) & (values <= least + _LARGEST_CODE)).all()
 
 
 def _untiled(array: Any, shape: tuple[int, ...]) -> Any:

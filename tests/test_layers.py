@@ -139,6 +139,22 @@ def test_linen_kernel_that_is_missing(rng):
         Model().apply({"params": variables["params"]}, problem.x)
 
 
+@pytest.mark.parametrize(
+    ("features", "shape", "error", "text"),
+    [
+        (0, (2, 128), ValueError, "features must be 1 or more, got 0"),
+        (-8, (2, 128), ValueError, "features must be 1 or more, got -8"),
+        (32.0, (2, 128), TypeError, r"features must be an integer, got 32\.0"),
+        (30, (2, 128), ValueError, "features must be a multiple of 8, got 30"),
+        (48, (), ValueError, r"inputs must have shape \(..., K\) with K 1 or more, got \(\)"),
+        (48, (2, 0), ValueError, r"inputs must have shape .* with K 1 or more, got \(2, 0\)"),
+    ],
+)
+def test_linen_errors(features, shape, error, text):
+    with pytest.raises(error, match=f"^AWQDense: {text}"):
+        awq_flax.AWQDense(features).init(jax.random.key(0), jnp.ones(shape, jnp.float16))
+
+
 LAYERS = 3
 
 

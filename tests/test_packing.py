@@ -57,8 +57,12 @@ def test_errors():
         r"got shape \(2, 12\)$",
     ):
         pack_int4(np.zeros((2, 12), np.int32))
-    with pytest.raises(ValueError, match=r"^order must be 'awq' or 'natural', got 'gptq'$"):
+    with pytest.raises(
+        ValueError, match=r"^unpack_int4: order must be 'awq' or 'natural', got 'gp"
+    ):
         unpack_int4(np.zeros(1, np.int32), order="gptq")
+    with pytest.raises(ValueError, match=r"^pack_int4: order must be 'awq' or 'natural', got 'x'$"):
+        pack_int4(np.zeros(8, np.int32), order="x")
 
 
 @pytest.mark.parametrize("prefix", ["ic256_oc64_g128", "ic512_oc192_g128", "ic384_oc128_g64"])
@@ -111,8 +115,41 @@ def _arrays(weight):
     ("value", "got"), [([[1] * 8], "list"), (np.ones(8, np.float32), "float32"), (None, "NoneType")]
 )
 @pytest.mark.parametrize(
-    ("function", "name"), [(pack_int4, "pack_int4: codes"), (unpack_int4, "unpack_int4: words")]
+    ("function", "text"),
+    [
+        (pack_int4, "pack_int4: codes must be an array of integers"),
+        (unpack_int4, "unpack_int4: words must be an array of int32"),
+    ],
 )
-def test_integers_alone(function, name, value, got):
-    with pytest.raises(TypeError, match=rf"^{name} must be an array of integers, got {got}$"):
+def test_integers_alone(function, text, value, got):
+    with pytest.raises(TypeError, match=rf"^{text}, got {got}$"):
         function(value)
+
+
+@NAMESPACES
+@pytest.mark.parametrize("dtype", ["int8", "int16", "uint8"])
+def test_words_of_another_size(xp, dtype):
+    with pytest.raises(TypeError, match=rf"^unpack_int4: words .* of int32, got {dtype}$"):
+        unpack_int4(xp.zeros(8, dtype))
+
+
+def test_words_of_64_bits():
+    with pytest.raises(TypeError, match=r"^unpack_int4: words .* of int32, got uint64$"):
+        unpack_int4(np.zeros(8, np.uint64))
+
+
+@NAMESPACES
+def test_words_without_a_sign(xp):
+    words = xp.asarray([0xF531_6420, 7], np.uint32)
+    np.testing.assert_array_equal(unpack_int4(words), unpack_int4(words.astype(np.int32)))
+
+
+@NAMESPACES
+@pytest.mark.parametrize("axis", [2, -3, None, "x", 1.0])
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [(pack_int4, "pack_int4: .* codes"), (unpack_int4, "unpack_int4: .* words")],
+)
+def test_axis_that_is_not_there(xp, function, name, axis):
+    with pytest.raises(ValueError, match=rf"^{name} of shape \(8, 8\), got {axis!r}$"):
+        function(xp.zeros((8, 8), np.int32), axis=axis)

@@ -214,6 +214,29 @@ def test_state_of_another_run_is_refused(params, x, tmp_path, change):
         quantize(params, inputs_of(params, x), blocks, **options)
 
 
+@pytest.mark.parametrize("added", [True, False])
+def test_state_of_other_blocks_is_refused(params, x, tmp_path, added):
+    """The weights of v depend on whether there is a block of o that divides its outputs."""
+    v = Block((f"{ATTENTION}.v_proj",), "model.layers.0.input_layernorm")
+    runs = [[v], [v, Block((f"{ATTENTION}.o_proj",), f"{ATTENTION}.v_proj")]]
+    first, second = runs if added else reversed(runs)
+    options = {"group_size": GROUP, "folder": tmp_path}
+    quantize(params, inputs_of(params, x), first, **options)
+    with pytest.raises(ValueError, match=r"quantize: .*00000\.weights.* is of another run"):
+        quantize(params, inputs_of(params, x), second, **options)
+
+
+def test_state_of_other_weights_that_v_feeds_is_refused(params, x, tmp_path):
+    options = {"group_size": GROUP, "folder": tmp_path}
+    blocks = decoder_blocks(params)[:2]
+    quantize(params, inputs_of(params, x), blocks, **options)
+    for file in tmp_path.glob("00001.*"):
+        file.unlink()
+    name = f"{ATTENTION}.o_proj.weight"
+    with pytest.raises(ValueError, match=r"quantize: .*00000\.weights.* is of another run"):
+        quantize(params | {name: 2 * params[name]}, inputs_of(params, x), blocks, **options)
+
+
 def test_bar(params, x, capfd):
     pytest.importorskip("rich")
     blocks = decoder_blocks(params)[2:4]
@@ -246,6 +269,14 @@ def test_bar(params, x, capfd):
             ],
             "model.layers.0.input_layernorm is the previous op of two blocks",
         ),
+        (
+            [Block((f"{ATTENTION}.v_proj",), f"{ATTENTION}.v_proj")],
+            f"previous must make the inputs of {ATTENTION}.v_proj, got {ATTENTION}.v_proj of the",
+        ),
+        (
+            [Block((f"{ATTENTION}.v_proj",), f"{ATTENTION}.o_proj", (f"{ATTENTION}.o_proj",))],
+            f"previous must make the inputs of {ATTENTION}.v_proj, got {ATTENTION}.o_proj of the",
+        ),
     ],
 )
 def test_errors_in_blocks(params, x, blocks, text):
@@ -272,6 +303,106 @@ def test_errors(params, x):
         quantize(params, [x], blocks, group_size=GROUP)
     with pytest.raises(ValueError, match=f"calibration has no inputs of {MLP}.up_proj"):
         quantize(params, {"up_proj": [x]}, blocks, group_size=GROUP)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        *(
+            ({"group_size": size}, TypeError, f"group_size must be an integer, got {size!r}")
+            for size in (32.0, "32", None)
+        ),
+        ({"dtype": "junk"}, TypeError, "dtype must be a dtype or the name of one, got 'junk'"),
+        ({"dtype": None}, TypeError, "dtype must be float16 or bfloat16 or float32, got None"),
+        ({"blocks": [("v",)]}, TypeError, r"blocks must be of Block, got \('v',\)"),
+        ({"blocks": Block(("v",))}, TypeError, "blocks must be a sequence, got Block"),
+        ({"clip": None}, TypeError, "clip must be a function of a path, got None"),
+        ({"model": None}, TypeError, "model must be a Model or a dict of tensors, got NoneType"),
+        (
+            {"calibration": lambda block: []},
+            ValueError,
+            f"inputs of {MLP}.up_proj: collect_statistics: the batches have no token",
+        ),
+        ({"folder": __file__}, FileExistsError, f"{__file__} must be a folder"),
+    ],
+)
+def test_errors_in_options(params, x, options, error, text):
+    arguments = {
+        "model": params,
+        "calibration": inputs_of(params, x),
+        "blocks": [Block((f"{MLP}.up_proj",), NORM)],
+        "group_size": GROUP,
+    }
+    with pytest.raises(error, match=f"^quantize: {text}"):
+        quantize(**arguments | options)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "text"),
+    [
+        ("up_proj.weight", np.ones((96, 64), np.int32), TypeError, "float64, got int32"),
+        ("up_proj.weight", [[1.0]], TypeError, "an array, got list"),
+        ("up_proj.bias", np.ones(96, np.int32), TypeError, "float64, got int32"),
+        ("up_proj.bias", np.ones(3), ValueError, r"shape \(96,\), got \(3,\)"),
+        ("gate_proj.weight", np.ones((96, 64), np.int8), TypeError, "float64, got int8"),
+        ("norm.weight", np.full(64, 3, np.int32), TypeError, "float64, got int32"),
+        ("norm.bias", np.full(64, 3, np.int32), TypeError, "float64, got int32"),
+        ("norm.bias", np.ones(3), ValueError, r"shape \(64,\), got \(3,\)"),
+    ],
+)
+def test_tensors_that_take_no_scale(params, x, name, value, error, text):
+    block = Block((f"{MLP}.up_proj",), f"{MLP}.norm", (f"{MLP}.gate_proj",))
+    params[f"{MLP}.norm.weight"] = params[f"{NORM}.weight"]
+    inputs = inputs_of(params, x)
+    params[f"{MLP}.{name}"] = value
+    with pytest.raises(error, match=f"^quantize: {MLP}.{name} must .*{text}$"):
+        quantize(params, inputs, [block], group_size=GROUP)
+
+
+class Embedding:
+    """A model of one linear, whose inputs are rows of a table."""
+
+    def __init__(self, params):
+        self.params = params
+
+    def quantization(self, tokens):
+        assert [batch.ndim for batch in tokens] == [2]
+        table = self.params["model.embed_tokens.weight"]
+        return self.params, lambda block: [table[t] for t in tokens], [Block((f"{MLP}.up_proj",))]
+
+
+def test_tokens_may_be_nested_lists(params, rng):
+    tokens = rng.integers(0, 32, (4, 16))
+    want, *others = (
+        quantize(Embedding(params), calibration, group_size=GROUP)[f"{MLP}.up_proj"]
+        for calibration in (
+            tokens,
+            tokens.tolist(),
+            list(tokens),
+            [tokens.tolist()],
+            iter([tokens]),
+        )
+    )
+    for found in others:
+        same_weight(found, want)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "error", "text"),
+    [
+        (None, TypeError, "got NoneType"),
+        ([1, 2], ValueError, r"got int64 \(\)"),
+        (np.arange(3), ValueError, r"got int64 \(3,\)"),
+        ([[1, 2], [3]], ValueError, "with rows of equal length"),
+        ([[[1, 2], [3]]], ValueError, "with rows of equal length"),
+        ([[0.5]], ValueError, r"got float64 \(1, 1\)"),
+        (np.zeros((2, 0), np.int64), ValueError, r"got int64 \(2, 0\)"),
+    ],
+)
+def test_tokens_that_are_no_batch(params, tokens, error, text):
+    want = r"calibration of a model must be integers \(B, T\) or several such batches"
+    with pytest.raises(error, match=f"^quantize: {want}, {text}$"):
+        quantize(Embedding(params), tokens, group_size=GROUP)
 
 
 def test_blocks_of_a_decoder_are_the_default_and_calibration_may_be_a_dict(params, x):
@@ -329,6 +460,15 @@ def test_damaged_state(params, x, tmp_path, content):
     quantize(params, inputs_of(params, x), blocks, group_size=GROUP, folder=tmp_path)
     file = tmp_path / "00000.weights.safetensors"
     file.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^quantize: {file} is damaged: "):
+        quantize(params, inputs_of(params, x), blocks, group_size=GROUP, folder=tmp_path)
+
+
+def test_damaged_settings_in_a_state(params, x, tmp_path):
+    safetensors = pytest.importorskip("safetensors.numpy")
+    blocks = decoder_blocks(params)[:1]
+    file = tmp_path / "00000.weights.safetensors"
+    safetensors.save_file({"a": np.zeros(1)}, file, metadata={"run": "[" * 200_000})
     with pytest.raises(ValueError, match=f"^quantize: {file} is damaged: "):
         quantize(params, inputs_of(params, x), blocks, group_size=GROUP, folder=tmp_path)
 

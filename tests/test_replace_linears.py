@@ -192,6 +192,16 @@ def test_stacked(library, rng):
             ["layers.0.up.bias must have shape (128,), got (64,)"],
         ),
         (
+            lambda w: {
+                "layers.0.up.bias": [0.0] * 128,
+                "layers.1.up.bias": np.zeros(128, np.int32),
+            },
+            [
+                "layers.0.up.bias must be float16 or bfloat16 or float32, got list",
+                "layers.1.up.bias must be float16 or bfloat16 or float32, got int32",
+            ],
+        ),
+        (
             lambda w: {"layers.0.down.bias": np.zeros(64, np.float16)},
             ["layers.0.down.bias is unused: the linear has no bias"],
         ),
@@ -207,6 +217,14 @@ def test_errors_name_the_weight(library, change, texts, weights):
 def test_a_chosen_linear_without_a_weight(library, weights):
     with pytest.raises(ValueError, match="replace_linears: head is missing: the linear of that"):
         library.replace_linears(make(library), weights, lambda path, linear: True)
+
+
+@LIBRARIES
+@pytest.mark.parametrize("weights", [None, ["up"]])
+def test_weights_that_are_no_dict(library, weights):
+    text = f"^replace_linears: weights must be a dict by path, got {type(weights).__name__}$"
+    with pytest.raises(TypeError, match=text):
+        library.replace_linears(make(library), weights)
 
 
 @LIBRARIES

@@ -89,7 +89,23 @@ def test_error_is_half_a_step(rng, group_size, dtype):
             r"weight must have groups whose scale is finite in float16, got values from -6e\+04 to",
         ),
         (np.zeros((64, 8), np.float16), {"group_size": 0}, ValueError, "of K=64, got 0"),
+        *(
+            (
+                np.zeros((64, 8), np.float16),
+                {"group_size": size},
+                TypeError,
+                f"group_size must be an integer, got {size!r}",
+            )
+            for size in (32.0, "32", None)
+        ),
         (np.zeros((64, 8), np.float16), {"dtype": np.int8}, TypeError, "dtype must be float16 or"),
+        (
+            np.zeros((64, 8), np.float16),
+            {"dtype": "junk"},
+            TypeError,
+            "dtype must be .*, got 'junk'",
+        ),
+        (np.zeros((64, 8), np.float16), {"dtype": None}, TypeError, "dtype must be .*, got None"),
     ],
 )
 def test_errors(weight, options, error, text):

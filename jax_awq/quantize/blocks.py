@@ -5,8 +5,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from jax_awq._checks import FLOATS, check_dtype, check_shape
 from jax_awq._packing import PACK_FACTOR
 from jax_awq.quantize.rtn import check_group_size
+
+_FLOATS = (*FLOATS, "float64")  # NumPy's own, which JAX makes one of these
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +69,14 @@ def decoder_blocks(params: Mapping[str, Any]) -> list[Block]:
 
 
 def check_blocks(params: Mapping[str, Any], blocks: Sequence[Block], group_size: int) -> None:
-    """Raises ValueError unless every path is there, once, with shapes that agree."""
+    """Raises unless every path is there, once, float, with shapes that agree."""
+    if not isinstance(blocks, Sequence):
+        raise TypeError(f"quantize: blocks must be a sequence, got {type(blocks).__name__}")
     seen: set[str] = set()
     consumed: set[str] = set()
     for block in blocks:
+        if not isinstance(block, Block):
+            raise TypeError(f"quantize: blocks must be of Block, got {block!r}")
         if not block.linears:
             raise ValueError(f"quantize: {block} has no linears")
         k = weight_of(params, block.linears[0]).shape[-1]
@@ -83,6 +90,7 @@ def check_blocks(params: Mapping[str, Any], blocks: Sequence[Block], group_size:
             if path in seen:
                 raise ValueError(f"quantize: {path} is in two blocks")
             seen.add(path)
+            _check_bias(params, path)
         for path in block.linears:
             n = weight_of(params, path).shape[0]
             if n % PACK_FACTOR:
@@ -97,6 +105,12 @@ def check_blocks(params: Mapping[str, Any], blocks: Sequence[Block], group_size:
                     f"quantize: {block.previous}.weight must have {k} outputs, the inputs of "
                     f"{block.linears[0]}, got shape {shape}"
                 )
+            _check_bias(params, block.previous)
+            if block.previous in (*block.linears, *block.others):
+                raise ValueError(
+                    f"quantize: previous must make the inputs of {block.linears[0]}, got "
+                    f"{block.previous} of the same block"
+                )
             if block.previous in consumed:
                 raise ValueError(f"quantize: {block.previous} is the previous op of two blocks")
             consumed.add(block.previous)
@@ -105,4 +119,13 @@ def check_blocks(params: Mapping[str, Any], blocks: Sequence[Block], group_size:
 def weight_of(params: Mapping[str, Any], path: str) -> Any:
     if f"{path}.weight" not in params:
         raise ValueError(f"quantize: there is no tensor {path}.weight")
-    return params[f"{path}.weight"]
+    weight = params[f"{path}.weight"]
+    check_dtype("quantize", f"{path}.weight", weight, *_FLOATS)
+    return weight
+
+
+def _check_bias(params: Mapping[str, Any], path: str) -> None:
+    name = f"{path}.bias"
+    if name in params:
+        check_dtype("quantize", name, params[name], *_FLOATS)
+        check_shape("quantize", name, params[name], tuple(weight_of(params, path).shape[:1]))

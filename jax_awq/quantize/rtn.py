@@ -6,9 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
-from jax_awq._checks import FLOATS, check_dtype
+from jax_awq._checks import FLOATS, check_dtype, read_dtype, read_integer
 from jax_awq._packing import PACK_FACTOR, pack_int4
 from jax_awq.weights import AWQWeight
 
@@ -33,20 +34,29 @@ def round_to_nearest(weight: Any, *, group_size: int = 128, dtype: Any = jnp.flo
     Raises:
       ValueError: a size that no weight can have; or, where the values are known, that is outside
         of `jax.jit` and the like, NaN, infinity, or a range whose scale `dtype` does not hold.
-      TypeError: a dtype that is not one of the three.
+      TypeError: a dtype that is not one of the three, or `group_size` is no integer.
 
     Source: AutoAWQ 0.2.9, pseudo_quantize_tensor and WQLinear_GEMM.from_linear.
     """
     weight = jnp.asarray(weight)
     check_dtype("round_to_nearest", "weight", weight, *FLOATS)
-    check_dtype("round_to_nearest", "dtype", jax.ShapeDtypeStruct((), dtype), *FLOATS)
+    dtype = read_float("round_to_nearest", dtype)
     if weight.ndim < 2:
         raise ValueError(f"round_to_nearest: weight must be (..., K, N), got {weight.shape}")
     k, n = weight.shape[-2:]
     if n % PACK_FACTOR:
         raise ValueError(f"round_to_nearest: N={n} must be a multiple of {PACK_FACTOR}")
+    group_size = read_integer("round_to_nearest", "group_size", group_size)
     check_group_size("round_to_nearest", k, group_size)
-    return rounded_weight("round_to_nearest", "weight", weight, group_size, jnp.dtype(dtype))
+    return rounded_weight("round_to_nearest", "weight", weight, group_size, dtype)
+
+
+def read_float(op: str, dtype: Any) -> np.dtype:
+    """The dtype of the arithmetic."""
+    found: Any = None if dtype is None else read_dtype(op, dtype)  # None would be float64
+    if str(found) not in FLOATS:
+        raise TypeError(f"{op}: dtype must be {' or '.join(FLOATS)}, got {found}")
+    return found
 
 
 def rounded_weight(op: str, name: str, weight: Array, group_size: int, dtype: Any) -> AWQWeight:

@@ -5,13 +5,13 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from jax_awq._checks import FLOATS, check_dtype
+from jax_awq._checks import read_integer
 from jax_awq.quantize.blocks import Block, check_blocks, decoder_blocks, weight_of
-from jax_awq.quantize.rtn import check_finite, rounded_weight
+from jax_awq.quantize.rtn import check_finite, read_float, rounded_weight
 from jax_awq.quantize.search import NoFiniteError, search_clip, search_scale
 from jax_awq.quantize.state import State
 from jax_awq.quantize.statistics import Statistics, collect_statistics
@@ -58,19 +58,19 @@ def quantize(
     Args:
       model: a dense `jax_awq.models.Model` with float weights; or float tensors by their names in
         a checkpoint, ``path.weight`` (N, K) with outputs first, ``path.bias`` (N,).
-      calibration: of a model, tokens (B, T) without padding, or several such batches. Of tensors, a
-        function from a block to batches ``(..., K)`` of its input, which the float model has on
-        calibration data, or a dict of them by the first linear of each block. The function is
-        called at most once for a block, in their order, but together with the block of `previous`
-        where that is a linear. The batches of a block with an `output` are kept while its scale
-        is searched, those of others are read one by one.
+      calibration: of a model, tokens (B, T) without padding, or several such batches, as arrays or
+        nested lists. Of tensors, a function from a block to batches ``(..., K)`` of its input,
+        which the float model has on calibration data, or a dict of them by the first linear of each
+        block. The function is called at most once for a block, in their order, but together with
+        the block of `previous` where that is a linear. The batches of a block with an `output` are
+        kept while its scale is searched, those of others are read one by one.
       blocks: by default those of the model, or `decoder_blocks` of the tensors.
       group_size: inputs that share one scale, -1 for all of them.
       dtype: of the scales, and of the arithmetic when rounding: float16 as AutoAWQ, or bfloat16,
         float32.
       clip: whether to search a clip for the linear of a path; AutoAWQ's choice by default.
       folder: where to keep what is done; with it a run that was stopped goes on at the same block.
-        Weights and settings must be the same, which is checked, and calibration data.
+        Weights, blocks and settings must be the same, which is checked, and calibration data.
       progress: whether to show a bar on stderr; needs rich.
 
     Returns:
@@ -82,26 +82,53 @@ def quantize(
         inputs, NaN or infinity in a weight or in the inputs of a block, a weight whose scales
         `dtype` does not hold, or a file of another run or a damaged one; named. A model with packed
         weights or experts, or tokens that it does not have.
-      TypeError: `dtype` is not one of the three, or `calibration` is neither function nor dict.
+      TypeError: `dtype` is not one of the three, `group_size` is no integer, a tensor to scale or
+        quantize is not float, or `model`, `calibration`, `blocks` or `clip` is nothing of the kind.
+      FileExistsError: `folder` is a file.
       ImportError: rich or safetensors is needed and not installed.
 
     Source: AWQ, arXiv 2306.00978; AutoAWQ 0.2.9, AwqQuantizer.quantize.
     """
-    check_dtype("quantize", "dtype", jax.ShapeDtypeStruct((), dtype), *FLOATS)
+    dtype = read_float("quantize", dtype)
+    group_size = read_integer("quantize", "group_size", group_size)
+    if not callable(clip):
+        raise TypeError(f"quantize: clip must be a function of a path, got {clip!r}")
     if isinstance(model, Mapping):
         params, inputs = model, _inputs(calibration)
         blocks = decoder_blocks(params) if blocks is None else blocks
-    else:
-        params, inputs, own = model.quantization(calibration)
+    elif hasattr(model, "quantization"):
+        params, inputs, own = model.quantization(_batches(calibration))
         blocks = own if blocks is None else blocks
+    else:
+        raise TypeError(
+            f"quantize: model must be a Model or a dict of tensors, got {type(model).__name__}"
+        )
     check_blocks(params, blocks, group_size)
-    run = _Run(params, tuple(blocks), inputs, group_size, jnp.dtype(dtype), clip, State(folder))
+    run = _Run(params, tuple(blocks), inputs, group_size, dtype, clip, State(folder))
     result: dict[str, AWQWeight | Array] = dict(params)
     for index in _shown(range(len(blocks)), progress):
         result |= run.quantized(index)
         for path in run.blocks[index].linears:
             del result[f"{path}.weight"]
     return result | run.folded()
+
+
+def _batches(calibration: Any) -> list[np.ndarray]:
+    """Tokens, of which nested lists may be one batch or several."""
+    want = "quantize: calibration of a model must be integers (B, T) or several such batches"
+    if not isinstance(calibration, Iterable):
+        raise TypeError(f"{want}, got {type(calibration).__name__}")
+    several = not hasattr(calibration, "ndim")
+    try:
+        batches = [np.asarray(batch) for batch in (calibration if several else [calibration])]
+        if several and batches and all(batch.ndim == 1 for batch in batches):
+            batches = [np.stack(batches)]  # they are the rows of one
+    except ValueError as error:  # of NumPy
+        raise ValueError(f"{want}, with rows of equal length") from error
+    for batch in batches:
+        if batch.ndim != 2 or 0 in batch.shape or not np.issubdtype(batch.dtype, np.integer):
+            raise ValueError(f"{want}, got {batch.dtype} {batch.shape}")
+    return batches
 
 
 def _inputs(calibration: Any) -> Callable[[Block], Iterable[Any]]:
@@ -138,7 +165,14 @@ class _Run:
 
     def quantized(self, index: int) -> dict[str, AWQWeight | Array]:
         block, name = self.blocks[index], f"{index:05}.weights"
-        settings = self._settings(block)
+        settings = self._settings(index) | {
+            # A weight is divided by the scale of the block that it makes the inputs of.
+            "consumers": {
+                path: self._settings(self.consumer[path])
+                for path in block.linears
+                if path in self.consumer
+            }
+        }
         arrays = self.state.load(name, settings)
         if arrays is None:
             weights = {path: self._quantized(index, path) for path in block.linears}
@@ -182,7 +216,7 @@ class _Run:
         """``(K,)``, by which the input of a block is divided; 1 where nothing can take it."""
         block, name = self.blocks[index], f"{index:05}.scale"
         if index not in self.scales:
-            settings = self._settings(block)
+            settings = self._settings(index)
             arrays = self.state.load(name, settings)
             if arrays is None:
                 if block.previous is None:
@@ -242,7 +276,11 @@ class _Run:
     def _statistics(self, index: int, batches: Iterable[Any] | None = None) -> Statistics:
         if index not in self.statistics:
             block = self.blocks[index]
-            found = collect_statistics(self.inputs(block) if batches is None else batches)
+            batches = self.inputs(block) if batches is None else batches
+            try:
+                found = collect_statistics(batches)
+            except ValueError as error:
+                raise ValueError(f"quantize: inputs of {block.linears[0]}: {error}") from error
             k = weight_of(self.params, block.linears[0]).shape[1]
             if found.mean_abs.shape != (k,):
                 raise ValueError(
@@ -254,7 +292,8 @@ class _Run:
             self.statistics[index] = found
         return self.statistics[index]
 
-    def _settings(self, block: Block) -> dict[str, Any]:
+    def _settings(self, index: int) -> dict[str, Any]:
+        block = self.blocks[index]
         return {
             "block": {
                 "linears": block.linears,

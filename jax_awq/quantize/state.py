@@ -17,6 +17,7 @@ class State:
 
     Raises:
       ImportError: there is a folder, and safetensors is not installed.
+      FileExistsError: the folder is a file.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None):
@@ -29,6 +30,8 @@ class State:
                     "quantize needs safetensors to keep its state: pip install 'jax_awq[hf]'"
                 ) from error
             self.files = safetensors
+            if self.folder.exists() and not self.folder.is_dir():
+                raise FileExistsError(f"quantize: {self.folder} must be a folder")
             self.folder.mkdir(parents=True, exist_ok=True)
 
     def load(self, name: str, run: Mapping[str, Any]) -> dict[str, Array] | None:
@@ -43,7 +46,7 @@ class State:
             with self.files.safe_open(file, "np") as tensors:
                 found = json.loads((tensors.metadata() or {}).get("run", "null"))
                 arrays = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
-        except (self.files.SafetensorError, json.JSONDecodeError) as error:
+        except (self.files.SafetensorError, json.JSONDecodeError, RecursionError) as error:
             raise ValueError(
                 f"quantize: {file} is damaged: {error}; without it its block is searched again"
             ) from error
