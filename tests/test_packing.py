@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.numpy import load_file
 
 from jax_awq import AWQWeight, convert, pack_int4, unpack_int4
 from jax_awq.testing import dequantize_float64, random_weight
 
-GOLDEN = pathlib.Path(__file__).parent / "golden" / "packed_vectors.safetensors"
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "packed_vectors.npz"
 NAMESPACES = pytest.mark.parametrize("xp", [np, jnp], ids=["numpy", "jax"])
 
 
@@ -67,7 +66,7 @@ def test_errors():
 
 @pytest.mark.parametrize("prefix", ["ic256_oc64_g128", "ic512_oc192_g128", "ic384_oc128_g64"])
 def test_convert_gives_what_autoawq_writes(prefix):
-    arrays = load_file(GOLDEN)
+    arrays = np.load(GOLDEN)
     group_size = int(prefix.rpartition("g")[2])
     weights = {
         layout: AWQWeight(

@@ -6,13 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from jax_awq import convert
 from jax_awq.quantize import round_to_nearest
 from jax_awq.testing import dequantize_float64
 
-VECTORS = load_file(Path(__file__).parent / "golden" / "packed_vectors.safetensors")
+VECTORS = np.load(Path(__file__).parent / "golden" / "packed_vectors.npz")
 CASES = pytest.mark.parametrize("case", ["ic256_oc64_g128", "ic384_oc128_g64", "ic512_oc192_g128"])
 NAMES = ("qweight", "scales", "qzeros")
 

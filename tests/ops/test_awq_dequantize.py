@@ -79,7 +79,7 @@ def test_autoawq_checkpoint_bit_for_bit():
 @pytest.mark.parametrize("layout", ["gemm", "gemv"])
 @pytest.mark.parametrize("prefix", ["ic256_oc64_g128", "ic512_oc192_g128", "ic384_oc128_g64"])
 def test_autoawq_vectors_bit_for_bit(layout, prefix):
-    arrays = load_file(GOLDEN / "packed_vectors.safetensors")
+    arrays = np.load(GOLDEN / "packed_vectors.npz")
     got = awq_dequantize(
         *(arrays[f"{prefix}/{layout}/{part}"] for part in ("qweight", "scales", "qzeros")),
         layout=layout,
