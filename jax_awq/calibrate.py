@@ -72,7 +72,7 @@ class ActivationRange:
         )
 
     def merge(self, other: "ActivationRange") -> "ActivationRange":
-        """Of both together, as from two devices."""
+        """Of both together, as from two devices; of as many channels, else ValueError."""
         check_shape("ActivationRange.merge", "absmax of the other", other.absmax, self.absmax.shape)
         counts = None
         if self.counts is not None and other.counts is not None:
@@ -89,6 +89,7 @@ class ActivationRange:
 
         Raises:
           ValueError: `percentile` is not in (0, 100], or below 100 and there are no histograms.
+          TypeError: it is no number.
         """
         _check_percentile("ActivationRange.magnitude", percentile)
         if percentile == 100:
@@ -101,9 +102,8 @@ class ActivationRange:
         # Counted from above: there the counts are small, and float32 holds them exactly.
         above = jnp.cumsum(self.counts[..., ::-1], axis=-1)[..., ::-1]
         allowed = above[..., :1].astype(jnp.float32) * jnp.float32(1 - percentile / 100)
-        top = (above.astype(jnp.float32) > allowed).sum(
-            -1
-        ) - 1  # the last bin above which no more values are allowed
+        # The last bin above which no more values are allowed.
+        top = (above.astype(jnp.float32) > allowed).sum(-1) - 1
         bits = (jnp.clip(top, 0, _BINS - 1) + _FIRST_BIN + 1) << _SHIFT
         upper = lax.bitcast_convert_type(bits.astype(jnp.int32), jnp.float32)
         return jnp.where(top == _BINS - 1, self.absmax, jnp.minimum(upper, self.absmax))
@@ -143,7 +143,7 @@ def calibrate_activation(
       ValueError: there is no batch, batches disagree about structure, have no token, no channel or
         NaN or infinity, or an argument is none of these. With granularity "channel", batches
         disagree about K; for a single scale they may.
-      TypeError: a batch is not float.
+      TypeError: a batch is not float, `batches` is one dict, or `percentile` no number.
     """
     op = "calibrate_activation"
     check_choice(op, "method", method, ("absmax", "percentile"))

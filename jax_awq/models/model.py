@@ -163,13 +163,17 @@ class Model:
             range.
           TypeError: one of these, or `max_new_tokens`, is no number.
         """
-        if read_integer("generate", "max_new_tokens", max_new_tokens) < 0:
+        max_new_tokens = read_integer("generate", "max_new_tokens", max_new_tokens)
+        temperature = read_number("generate", "temperature", temperature)
+        top_p = read_number("generate", "top_p", top_p)
+        seed = read_integer("generate", "seed", seed)
+        if max_new_tokens < 0:
             raise ValueError(f"generate: max_new_tokens must be 0 or more, got {max_new_tokens}")
-        if not read_number("generate", "temperature", temperature) >= 0:  # a NaN is refused too
+        if not temperature >= 0:  # a NaN is refused too
             raise ValueError(f"generate: temperature must be 0 or more, got {temperature}")
-        if not 0 <= read_number("generate", "top_p", top_p) <= 1:
+        if not 0 <= top_p <= 1:
             raise ValueError(f"generate: top_p must be from 0 to 1, got {top_p}")
-        if not -(2**63) <= read_integer("generate", "seed", seed) < 2**63:
+        if not -(2**63) <= seed < 2**63:
             raise ValueError(f"generate: seed must be an integer of 64 bits, got {seed}")
         ids, start = self._checked("generate", input_ids, attention_mask, max_new_tokens)
         ends = np.atleast_1d(self.config.eos_token_ids if eos_token_id is None else eos_token_id)

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import numbers
 from typing import Any
 
 import jax
@@ -47,8 +48,8 @@ def dequantize_activation(qa: QuantizedActivation, dtype: Any = jnp.float32) -> 
 @functools.partial(jax.jit, inline=True, static_argnames=("dtype", "variant"))
 def _dequantize_activation(qa, *, dtype, variant):
     dtype = read_out_dtype("dequantize_activation", dtype, *FLOATS, name="dtype")
-    odd = qa.bits == 4 and qa.k % 2
-    if not isinstance(odd, int):  # of a symbolic K
+    odd = qa.k % 2 if qa.bits == 4 else 0
+    if not isinstance(odd, numbers.Integral):  # of a symbolic K
         raise ValueError(
             "dequantize_activation: K of 4-bit codes must be a number, or symbolic and known to be "
             f"even, as 2*k is; got {qa.k}"

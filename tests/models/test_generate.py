@@ -191,6 +191,7 @@ def test_all_bits_of_a_seed_count():
     draw = functools.partial(model.generate, ids, 8, temperature=1.5, eos_token_id=())
     found = [draw(seed=seed).tobytes() for seed in (1, 1 + 2**32, -1, 2**32 - 1)]
     assert len(set(found)) == 4
+    assert draw(seed=np.int32(1)).tobytes() == found[0]
 
 
 def test_samples_have_the_frequencies_of_a_nucleus():

@@ -53,6 +53,14 @@ def test_export_with_a_symbolic_k(rng, bits, columns):
         np.testing.assert_array_equal(export.deserialize(stored).call(x), fn(x))
 
 
+def test_static_fields_may_be_numbers_of_numpy():
+    q = np.full((2, 3), 0x21, np.int8)
+    qa = QuantizedActivation(q, np.ones(2, np.float32), bits=np.int64(4), k=np.int64(5))
+    np.testing.assert_array_equal(dequantize_activation(qa), [[1, 2, 1, 2, 1]] * 2)
+    eight = QuantizedActivation(q, np.ones(2, np.float32), bits=np.int64(8))
+    np.testing.assert_array_equal(dequantize_activation(eight), q)
+
+
 def test_errors_of_a_symbolic_k():
     x = jax.ShapeDtypeStruct(export.symbolic_shape("m, k"), np.float32)
     with pytest.raises(ValueError, match="symbolic") as caught:
