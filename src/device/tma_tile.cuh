@@ -28,7 +28,7 @@ struct TmaPipeline {
   static constexpr int kXBytes = kTokens * kDepth * kElementBytes;
   static constexpr int kXBoxes = (kTokens + 255) / 256;  // a box has at most 256 rows
   // A row of words is one of its swizzle, all of it or less.
-  static constexpr int kWordRowBytes = kTiles == 2 || kOutputs > 128 ? 128 : 64;
+  static constexpr int kWordRowBytes = kOutputs <= 128 ? 64 : 128;
   static_assert(kOutputs / 2 <= kWordRowBytes);
   static constexpr int kWordBytes = kDepth * kWordRowBytes;
   static constexpr int kGroupRows = kCodes ? 1 : kDepth / 32;  // at most

@@ -18,8 +18,9 @@ ffi::Error Copy(Stream stream, int32_t device_ordinal, ffi::AnyBuffer x,
   }
   CopyProblem p = {};
   p.bytes = static_cast<int64_t>(x.size_bytes());
-  if (p.bytes % 16)
+  if (p.bytes % 16) {
     return InvalidArgument(kOp, ": x must be a multiple of 16 bytes, got ", p.bytes);
+  }
   if (y->size_bytes() != x.size_bytes()) {
     return InvalidArgument(kOp, ": y must have ", p.bytes, " bytes as x, got ", y->size_bytes());
   }

@@ -20,13 +20,18 @@
 namespace jax_awq {
 namespace {
 
+// Parameters lie in lines of 64 bytes of a cache that has none of them when the kernel starts. The
+// producer waits for each before its first copy: what it reads is therefore in one.
 struct FewParams {
   CUtensorMap words, scales, zeros, x;
+  struct {
+    Share::Even steps;  // of the members of a cluster
+    uint32_t bytes;     // of a stage
+    int group_shift;
+    OwnEntries own;
+    bool has_zeros, overlap, cluster;
+  } copy;
   AwqGemmParams p;
-  Share::Even steps;  // of the members of a cluster
-  int x_rows;         // of x: what lies outside a tensor takes longer to fill than to copy
-  int group_rows;     // of a box of scales or zeros
-  int batch_x;        // 1 where every batch entry has its own, 0 where all share one
 };
 
 constexpr int kBarriersReady = 1;  // named barriers of a CTA
@@ -38,25 +43,22 @@ template <typename Tile>
 __device__ __forceinline__ void Produce(const FewParams& params, const Share& share,
                                         uint32_t shared) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  const AwqGemmParams& p = params.p;
-  const int group_shift = p.buffers.weight.group_shift;
-  const bool has_zeros = p.buffers.weight.qzeros != nullptr;
+  const auto& copy = params.copy;
   const int output0 = blockIdx.y * Tile::kOutputs;
-  const int x_batch = blockIdx.z * params.batch_x;
-  const BatchOfParts of(p.buffers.weight, blockIdx.z);
-  const uint32_t bytes =
-      params.x_rows * Tile::kDepth * 2 + Tile::kDepth * Tile::kOutputs / 2 +
-      params.group_rows * (Tile::kOutputs * 2 + (has_zeros ? Tile::kOutputs / 2 : 0));
+  const int batch = blockIdx.z;
   // What is of the weight, and announces the whole stage; and what is of x.
   const auto copy_weight = [&](int stage, int i) {
     const uint32_t barrier = Tile::Full(shared, stage);
     const int depth = (share.first + i) * Tile::kDepth;
-    const int group = depth >> group_shift;
-    BarrierArriveExpecting(barrier, bytes);
-    CopyBox(Tile::Words(shared, stage), &params.words, output0 / 8, depth, of.words, barrier);
-    CopyBox(Tile::Scales(shared, stage), &params.scales, output0, group, of.scales, barrier);
-    if (has_zeros) {
-      CopyBox(Tile::Zeros(shared, stage), &params.zeros, output0 / 8, group, of.zeros, barrier);
+    const int group = depth >> copy.group_shift;
+    BarrierArriveExpecting(barrier, copy.bytes);
+    CopyBox(Tile::Words(shared, stage), &params.words, output0 / 8, depth, batch * copy.own.words,
+            barrier);
+    CopyBox(Tile::Scales(shared, stage), &params.scales, output0, group, batch * copy.own.scales,
+            barrier);
+    if (copy.has_zeros) {
+      CopyBox(Tile::Zeros(shared, stage), &params.zeros, output0 / 8, group, batch * copy.own.zeros,
+              barrier);
     }
   };
   const auto copy_x = [&](int stage, int i) {
@@ -64,7 +66,7 @@ __device__ __forceinline__ void Produce(const FewParams& params, const Share& sh
 #pragma unroll
     for (int part = 0; part < Tile::kParts; ++part) {
       CopyBox(Tile::X(shared, stage) + part * Tile::kTokens * 128, &params.x,
-              depth + part * Tile::kPartDepth, 0, x_batch, Tile::Full(shared, stage));
+              depth + part * Tile::kPartDepth, 0, batch * copy.own.x, Tile::Full(shared, stage));
     }
   };
 
@@ -79,17 +81,18 @@ __device__ __forceinline__ void Produce(const FewParams& params, const Share& sh
   }
   __syncwarp();
   NamedBarrierArrive<kBarriersReady, Tile::kThreads>();
-  if (p.cluster) ClusterArriveRelaxed();  // the fence above is release enough for barriers
   // While x is still written nothing is in a hurry, and memory would idle.
-  const int begun = min(p.buffers.overlap ? Tile::kStages : Tile::kInFlight, share.count);
+  const int begun = min(copy.overlap ? Tile::kStages : Tile::kInFlight, share.count);
 #pragma unroll 1
   for (int i = 0; i < begun; ++i) {
     if (ElectOne()) {
       copy_weight(i, i);
-      if (!p.buffers.overlap) copy_x(i, i);
+      if (!copy.overlap) copy_x(i, i);
     }
   }
-  if (p.buffers.overlap) {  // the weight comes while x is still written
+  __syncwarp();
+  if (copy.cluster) ClusterArriveRelaxed();  // the fence above is release enough for barriers
+  if (copy.overlap) {                        // the weight comes while x is still written
     WaitForKernelBefore();
 #pragma unroll 1
     for (int i = 0; i < begun; ++i) {
@@ -126,7 +129,7 @@ __global__ void __launch_bounds__(FewTile<kTokens, kWarps>::kThreads, 1)
   const uint32_t inbox_barrier = shared + Tile::kInboxBarrierAt;
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // known to be uniform
   const unsigned split = blockIdx.x;
-  const Share share(params.steps, split);
+  const Share share(params.copy.steps, split);
   if (warp == Tile::kConsumerWarps) {
     Produce<Tile>(params, share, shared);
     return;
@@ -253,18 +256,25 @@ cudaError_t LaunchTile(const AwqGemmParams& p, cudaStream_t stream) {
   const AwqWeight& w = p.buffers.weight;
   const auto steps = static_cast<unsigned>((w.k + Tile::kDepth - 1) / Tile::kDepth);
   FewParams params = {};
+  const int x_rows = static_cast<int>(p.m);  // what lies outside takes longer to fill than to copy
+  const int group_rows = std::max(1, Tile::kDepth >> w.group_shift);
+  auto& copy = params.copy;
+  copy.steps = {steps / p.splits, steps % p.splits};
+  copy.group_shift = w.group_shift;
+  copy.own = OwnEntries(p.buffers);
+  copy.has_zeros = w.qzeros != nullptr;
+  copy.overlap = p.buffers.overlap;
+  copy.cluster = p.cluster;
+  copy.bytes = x_rows * Tile::kDepth * 2 + Tile::kDepth * Tile::kOutputs / 2 +
+               group_rows * (Tile::kOutputs * 2 + (copy.has_zeros ? Tile::kOutputs / 2 : 0));
   params.p = p;
-  params.steps = {steps / p.splits, steps % p.splits};
-  params.x_rows = static_cast<int>(p.m);
-  params.group_rows = std::max(1, Tile::kDepth >> w.group_shift);
-  params.batch_x = p.buffers.x_stride != 0;
   const CUtensorMapDataType type = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                                              : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  const int64_t x_batch = params.batch_x ? p.batch : 1;
+  const int64_t x_batch = copy.own.x ? p.batch : 1;
   if (!maps->Encode(&params.x, type, sizeof(T), p.buffers.x, w.k, p.m, x_batch, Tile::kPartDepth,
-                    params.x_rows, CU_TENSOR_MAP_SWIZZLE_128B) ||
+                    x_rows, CU_TENSOR_MAP_SWIZZLE_128B) ||
       !maps->EncodeWeight(&params.words, &params.scales, &params.zeros, w, p.batch, Tile::kOutputs,
-                          Tile::kDepth, params.group_rows, Tile::kWordRowBytes,
+                          Tile::kDepth, group_rows, Tile::kWordRowBytes,
                           CU_TENSOR_MAP_L2_PROMOTION_NONE)) {
     return cudaErrorInvalidValue;
   }

@@ -57,6 +57,18 @@ inline AwqGemmParams MakeParams(const AwqGemmProblem& p, const AwqGemmPlan& plan
           plan.cluster};
 }
 
+// Which operands every batch entry has its own of: 1, or 0 where all share one.
+struct OwnEntries {
+  OwnEntries() = default;
+  explicit OwnEntries(const AwqGemmBuffers& b)
+      : words(b.weight.qweight_stride != 0),
+        scales(b.weight.scales_stride != 0),
+        zeros(b.weight.qzeros_stride != 0),
+        x(b.x_stride != 0) {}
+
+  uint8_t words, scales, zeros, x;
+};
+
 // This CTA's weight of the batch.
 __device__ __forceinline__ AwqWeight BatchEntry(const AwqWeight& weight) {
   const int64_t b = blockIdx.z;

@@ -22,18 +22,21 @@ struct AwqGemmTmaParams {
   CUtensorMap x[2], words, scales, zeros;
   CUtensorMap sums[2], sum_scales, sum_zeros;  // of the chunks of x, where x is codes
   CUtensorMap part_sums;                       // TailParts::sums
-  AwqGemmParams p;
+  // What the producer reads comes first: as FewParams.
   TmaSchedule schedule;
-  TailParts parts;
   // Of a box of x and of sums, of which each member has kXBoxes; the second is for the last row of
   // tiles and has no more than are left: what lies outside takes longer to fill than to copy.
   int x_rows[2];
+  int members;     // CTAs side by side that share their rows of x
+  int group_rows;  // of a box of scales or zeros
+  int group_shift;
+  OwnEntries own;
+  bool has_zeros, overlap, cluster;
+  bool exchange;         // results pass through shared memory: splits meet, or activation
   Share::Even units[2];  // of a tile, for the members of a cluster to finish
   Share::Even turn;      // how much further a member and its units are for the same warp
-  int members;           // CTAs side by side that share their rows of x
-  int group_rows;        // of a box of scales or zeros
-  int batch_x;           // 1 where every batch entry has its own, 0 where all share one
-  bool exchange;         // results pass through shared memory: splits meet, or activation
+  TailParts parts;
+  AwqGemmParams p;
 };
 
 // Named barriers of a CTA.
@@ -68,8 +71,8 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kOutputs, sizeof(T), kTranspo
   const TmaTileOrder& order = params.schedule.order;
   TmaWork work(params.schedule, Tile::kPersistent);
   const unsigned split = work.split;
-  const int group_shift = p.buffers.weight.group_shift;
-  const bool has_zeros = p.buffers.weight.qzeros != nullptr;
+  const int group_shift = params.group_shift;
+  const bool has_zeros = params.has_zeros;
   if (warp == Tile::kConsumerWarps) {
     if (ElectOne()) {
       for (int s = 0; s < Tile::kStages; ++s) {
@@ -87,7 +90,7 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kOutputs, sizeof(T), kTranspo
     NamedBarrierSync<kTmaBarriersReady, 32 * (Tile::kConsumerWarps + 1)>();
   }
   // The fence above is release enough for barriers.
-  if (Tile::kInboxApart && p.cluster) ClusterArriveRelaxed();
+  if (Tile::kInboxApart && params.cluster) ClusterArriveRelaxed();
   if (members > 1) {
     ClusterArriveRelaxed();
     ClusterWait();
@@ -105,8 +108,6 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kOutputs, sizeof(T), kTranspo
       work.Next();
       unsigned batch, row, column;
       order.Find(work.tile, &batch, &row, &column);
-      const int x_batch = batch * params.batch_x;
-      const BatchOfParts of(p.buffers.weight, batch);
       const int last = row + 1 == order.rows;
       const int x_rows = params.x_rows[last];
       const uint32_t x_bytes = x_rows * Tile::kXBoxes * members * Tile::kDepth * sizeof(T);
@@ -129,10 +130,10 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kOutputs, sizeof(T), kTranspo
         if (Tile::kCodes && i >= count) {
           const int group = (first_chunk + (i - count) * Tile::kSumChunks) >> (group_shift - 7);
           BarrierArriveExpecting(barrier, sum_bytes);
-          CopyBox(words, &params.sum_scales, output0, group, of.scales, barrier);
+          CopyBox(words, &params.sum_scales, output0, group, batch * params.own.scales, barrier);
           if (has_zeros) {
-            CopyBox(words + Tile::kSumZerosAt, &params.sum_zeros, output0 / 8, group, of.zeros,
-                    barrier);
+            CopyBox(words + Tile::kSumZerosAt, &params.sum_zeros, output0 / 8, group,
+                    batch * params.own.zeros, barrier);
           }
           return;
         }
@@ -140,12 +141,12 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kOutputs, sizeof(T), kTranspo
         BarrierArriveExpecting(barrier, bytes);
         const int column = kTranspose ? depth : output0;  // of the weight
         const int row = kTranspose ? output0 : depth;
-        CopyBox(words, &params.words, column / 8, row, of.words, barrier);
-        CopyBox(Tile::Scales(shared, stage), &params.scales, column, row >> group_shift, of.scales,
-                barrier);
+        CopyBox(words, &params.words, column / 8, row, batch * params.own.words, barrier);
+        CopyBox(Tile::Scales(shared, stage), &params.scales, column, row >> group_shift,
+                batch * params.own.scales, barrier);
         if (zeros_in_stage) {
           CopyBox(Tile::Zeros(shared, stage), &params.zeros, column / 8, row >> group_shift,
-                  of.zeros, barrier);
+                  batch * params.own.zeros, barrier);
         }
       };
       const auto copy_x = [&](int stage, int i) {
@@ -162,16 +163,17 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kOutputs, sizeof(T), kTranspo
           for (int box = 0; box < Tile::kXBoxes; ++box) {
             const int rows = box * x_rows;
             if (members == 1) {
-              CopyBox(to + rows * 128, map, from, token0 + rows, x_batch, barrier);
+              CopyBox(to + rows * 128, map, from, token0 + rows, batch * params.own.x, barrier);
             } else {
-              CopyBoxToMembers(to + rows * 128, map, from, token0 + rows, x_batch, barrier, 3);
+              CopyBoxToMembers(to + rows * 128, map, from, token0 + rows, batch * params.own.x,
+                               barrier, 3);
             }
           }
         }
       };
       const int stages = count + sum_stages;
       int begun = 0;
-      if (p.buffers.overlap && item == 0) {  // the weight comes while x is still written
+      if (params.overlap && item == 0) {  // the weight comes while x is still written
         for (; begun < min(Tile::kStages, stages); ++begun) {
           if (ElectOne()) copy_weight(begun, begun);
         }
@@ -220,7 +222,7 @@ __global__ void __launch_bounds__(TmaTile<kTokens, kOutputs, sizeof(T), kTranspo
       return Consumer(reader, group_shift, has_zeros);
     }
   }();
-  if (p.buffers.overlap) WaitForKernelBefore();  // which writes the scales of rows
+  if (params.overlap) WaitForKernelBefore();  // which writes the scales of rows
 #pragma unroll 1
   for (unsigned item = 0; item < work.items; ++item) {
     work.Next();
@@ -372,12 +374,16 @@ cudaError_t LaunchTmaTile(const AwqGemmPlan& plan, const AwqGemmParams& p, cudaS
     params.units[last] = {units / parts, units % parts};
   }
   params.turn = {Tile::kTeamWarps / parts, Tile::kTeamWarps % parts};
-  params.batch_x = p.buffers.x_stride != 0;
+  params.group_shift = w.group_shift;
+  params.own = OwnEntries(p.buffers);
+  params.has_zeros = w.qzeros != nullptr;
+  params.overlap = p.buffers.overlap;
+  params.cluster = p.cluster;
   params.exchange = p.cluster || p.buffers.activation != Activation::kNone;
   const CUtensorMapDataType type = sizeof(T) == 1              ? CU_TENSOR_MAP_DATA_TYPE_UINT8
                                    : std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                                                : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  const int64_t x_batch = params.batch_x ? p.batch : 1;
+  const int64_t x_batch = params.own.x ? p.batch : 1;
   params.group_rows = std::max(1, (kTranspose ? Tile::kOutputs : Tile::kDepth) >> w.group_shift);
   bool encoded = maps->EncodeWeight(&params.words, &params.scales, &params.zeros, w, p.batch,
                                     kTranspose ? Tile::kDepth : Tile::kOutputs,
@@ -486,8 +492,14 @@ cudaError_t LaunchTmaTiles(const AwqGemmPlan& plan, const AwqGemmParams& p, cuda
 template <typename T>
 cudaError_t LaunchCodesTiles(const AwqGemmPlan& plan, const AwqGemmParams& p, cudaStream_t stream) {
   switch (plan.tile_tokens * 1000 + plan.tile_outputs) {
+    case 32128:
+      return LaunchTmaTile<T, T, 32, 128>(plan, p, stream);
     case 32256:
       return LaunchTmaTile<T, T, 32, 256>(plan, p, stream);
+    case 64128:
+      return LaunchTmaTile<T, T, 64, 128>(plan, p, stream);
+    case 64192:
+      return LaunchTmaTile<T, T, 64, 192>(plan, p, stream);
     case 64256:
       return LaunchTmaTile<T, T, 64, 256>(plan, p, stream);
     case 128128:

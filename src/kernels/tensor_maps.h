@@ -10,16 +10,6 @@
 
 namespace jax_awq {
 
-// Which entry of the tensor of each part of a weight a batch entry has: its own, or the only one.
-struct BatchOfParts {
-  __device__ BatchOfParts(const AwqWeight& w, int batch)
-      : words(w.qweight_stride ? batch : 0),
-        scales(w.scales_stride ? batch : 0),
-        zeros(w.qzeros_stride ? batch : 0) {}
-
-  int words, scales, zeros;
-};
-
 // Three-dimensional tensor maps: batch, rows, columns, the columns contiguous.
 class TensorMaps {
  public:

@@ -75,7 +75,15 @@ VARIANTS = (
 )
 OF_GRADIENTS = ("transposed_128x128", "transposed_256x128")  # of x
 # Of awq_gemm_w4a8 alone.
-OF_CODES = ("w4a8_32x256", "w4a8_64x256", "w4a8_128x128", "w4a8_256x128")
+OF_CODES = (
+    "w4a8_32x128",
+    "w4a8_32x256",
+    "w4a8_64x128",
+    "w4a8_64x192",
+    "w4a8_64x256",
+    "w4a8_128x128",
+    "w4a8_256x128",
+)
 MOST_ROWS = {  # of x
     variant: int(re.findall(r"\d+", variant)[0])
     for variant in VARIANTS
