@@ -1,8 +1,7 @@
 """What the compiled planning code of `awq_gemm` promises over all numbers of rows."""
 
-import pathlib
-
 import pytest
+import sweeps
 
 from jax_awq import _ffi
 from jax_awq.problems import PROBLEMS, SWEEP_PROBLEMS
@@ -107,19 +106,12 @@ _EXCESS = {
 
 def test_the_plan_takes_what_was_fastest():
     """Where it takes a variant and split of a sweep."""
-    root = pathlib.Path(__file__).parents[1]
-    swept: dict[tuple[int, ...], dict[tuple[str, int], float]] = {}
-    for line in (root / "benchmarks/results/nvidia_h200/sweep.txt").read_text().splitlines():
-        if not line.startswith("#"):
-            k, n, m, variant, split, us = line.split()
-            times = swept.setdefault((int(m), int(k), int(n)), {})
-            times[variant, int(split)] = float(us)
-    excess = {}
-    for problem, times in swept.items():
-        found = planned(*problem)
-        us = times.get((found["variant"], found["split_k"]))
-        if us is not None:
-            excess[problem] = us / min(times.values()) - 1
+
+    def chosen(m, k, n):
+        found = planned(m, k, n)
+        return found["variant"], found["split_k"]
+
+    excess = sweeps.excess("sweep.txt", chosen)
     assert len(excess) >= 140
     assert not {p: x for p, x in excess.items() if x > _EXCESS.get(p, 0.02)}
     assert sum(excess.values()) / len(excess) <= 0.002

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sweeps
 from jax import export
 
 from jax_awq import (
@@ -219,6 +220,19 @@ def test_few_rows_are_multiplied_as_floats(codes, group_size):
             )
             assert (found.route, found.kernel, found.accumulator) == ("fused", kernel, "float32")
             assert found.reason.endswith("for up to 16 rows of x the weight decides the time")
+
+
+@needs_plan
+@pytest.mark.parametrize(("codes", "file"), [("int8", "int8"), ("float8_e4m3fn", "float8")])
+def test_the_plan_takes_what_was_fastest(codes, file):
+    def chosen(m, k, n):
+        found = plan("awq_gemm_w4a8", *shapes(m, k, n, 128), device="sm_90", activation_dtype=codes)
+        return found.kernel, found.split_k
+
+    excess = sweeps.excess(f"sweep_{file}.txt", chosen)
+    assert len(excess) >= 75
+    assert max(excess.values()) <= 0.14
+    assert sum(excess.values()) / len(excess) <= 0.01
 
 
 @needs_plan
