@@ -1,9 +1,20 @@
-"""Batching rules shared by ops."""
+"""Batch dimensions: how operands that have them meet, and batching rules shared by ops."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
+
+
+def aligned(*arrays: Any) -> list[Any]:
+    """The arrays with as many dimensions each, ones before their own.
+
+    NumPy's rules would do without, but JAX can be told that they are an error
+    (`jax.numpy_rank_promotion`).
+    """
+    ndim = max(a.ndim for a in arrays)
+    return [lax.expand_dims(a, range(ndim - a.ndim)) if a.ndim < ndim else a for a in arrays]
 
 
 def fold_rows(bind, operands: Sequence[Any], dim: int, **params: Any):

@@ -41,7 +41,6 @@ def pack_int4(codes: Any, *, order: Order = "awq", axis: int = -1) -> Any:
     """
     _check("pack_int4", "codes", codes, "integers", np.integer, order=order, axis=axis)
     xp = _namespace(codes)
-    shifts = _shifts(xp, order)
     length = codes.shape[axis]
     if length % PACK_FACTOR:
         raise ValueError(
@@ -51,6 +50,7 @@ def pack_int4(codes: Any, *, order: Order = "awq", axis: int = -1) -> Any:
     codes = xp.moveaxis(codes, axis, -1)
     codes = codes.reshape(*codes.shape[:-1], length // PACK_FACTOR, PACK_FACTOR)
     # The nibbles are disjoint, so the sum is their union; it wraps into the sign bit as wanted.
+    shifts = _shifts(xp, order, codes.ndim)
     words = xp.sum((codes.astype(np.int32) & 0xF) << shifts, axis=-1, dtype=np.int32)
     return xp.moveaxis(words, -1, axis)
 
@@ -72,9 +72,8 @@ def unpack_int4(words: Any, *, order: Order = "awq", axis: int = -1) -> Any:
     """
     _check("unpack_int4", "words", words, "int32", np.int32, np.uint32, order=order, axis=axis)
     xp = _namespace(words)
-    shifts = _shifts(xp, order)
     words = xp.moveaxis(words, axis, -1)
-    codes = ((words[..., None] >> shifts) & 0xF).astype(np.int8)
+    codes = ((words[..., None] >> _shifts(xp, order, words.ndim + 1)) & 0xF).astype(np.int8)
     return xp.moveaxis(codes.reshape(*words.shape[:-1], words.shape[-1] * PACK_FACTOR), -1, axis)
 
 
@@ -141,10 +140,11 @@ def encode(codes: Any, scales: Any, zeros: Any, *, layout: str, group_size: int)
     return qweight, scales, None if zeros is None else pack_int4(zeros, order="natural")
 
 
-def _shifts(xp: Any, order: str) -> Any:
-    """Bit position of logical column 0 to 7 in a word."""
+def _shifts(xp: Any, order: str, ndim: int) -> Any:
+    """Bit position of logical column 0 to 7 in a word, the last of `ndim` dimensions."""
     # An expression, not a table: `custom_partitioning` takes no function with array constants.
     column = xp.arange(PACK_FACTOR, dtype=np.int32)
+    column = xp.expand_dims(column, tuple(range(ndim - 1)))
     return 4 * (column // 2 + column % 2 * 4 if order == "awq" else column)
 
 

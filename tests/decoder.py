@@ -40,10 +40,14 @@ def forward(params, x, record=None):
             record[path] = x
         weight = params.get(path)
         y = x @ weight if isinstance(weight, AWQWeight) else x @ params[f"{path}.weight"].T
-        return y + params[f"{path}.bias"] if f"{path}.bias" in params else y
+        return y + params[f"{path}.bias"][None, None] if f"{path}.bias" in params else y
 
     def norm(path, x):
-        return x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6) * params[f"{path}.weight"]
+        return (
+            x
+            / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6)
+            * params[f"{path}.weight"][None, None]
+        )
 
     for layer in range(LAYERS):
         prefix = f"model.layers.{layer}"

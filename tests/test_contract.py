@@ -36,6 +36,29 @@ def test_eager_and_jit(case):
     assert_close(eager, case.exact(*case.operands), case.dense(*case.float_operands))
 
 
+@every_case
+def test_promotion_of_ranks_may_be_an_error(case):
+    """Traced and lowered, the gradient and a map too: nothing of this runs otherwise."""
+    axes = [None if i in case.floats else 0 for i in range(len(case.operands))]
+    stacked = [
+        a if axis is None else np.stack([a, a]) for a, axis in zip(case.operands, axes, strict=True)
+    ]
+    mapped = jax.vmap(case.fn, axes, axis_size=2)
+
+    def loss(floats, fn, operands):
+        operands = list(operands)
+        for i, value in zip(case.floats, floats, strict=True):
+            operands[i] = value
+        return fn(*operands).astype(jnp.float32).sum()
+
+    floats = [case.operands[i] for i in case.floats]
+    with jax.numpy_rank_promotion("raise"):
+        jax.jit(case.fn).lower(*case.operands)
+        jax.jit(mapped).lower(*stacked)
+        for fn, operands in ((case.fn, case.operands), (mapped, stacked)):
+            jax.jit(jax.grad(loss), static_argnums=1).lower(floats, fn, operands)
+
+
 @every_op
 def test_at_compile_time(case):
     def early(*operands):

@@ -60,6 +60,12 @@ def test_clipped_as_autoawq_does():
     assert clipped == {"q_proj": False, "k_proj": False, "v_proj": True, "key": False}
 
 
+def test_promotion_of_ranks_may_be_an_error(params, x):
+    with jax.numpy_rank_promotion("raise"):
+        result = quantize(params, inputs_of(params, x), decoder_blocks(params), group_size=GROUP)
+    assert isinstance(result[f"{MLP}.down_proj"], jax_awq.AWQWeight)
+
+
 def test_scales_are_folded_on_both_sides(params, x):
     blocks = decoder_blocks(params)
     inputs = inputs_of(params, x)

@@ -114,12 +114,11 @@ def _wide(run: Any, *operands: Array) -> Array:
 
 def _mask(tokens: int, slots: int, span: Span, window: int | None) -> Array:
     """(B or 1, 1, T, slots): which slots a token attends to."""
-    query = span.first + jnp.arange(tokens)[:, None]
-    slot = jnp.arange(slots)
+    query = span.first + jnp.arange(tokens)[None, None, :, None]
+    slot = jnp.arange(slots)[None, None, None]
     seen = slot <= query
     if window is not None:
         seen &= slot > query - window
-    seen = seen[None, None]
     if span.start is not None:
         seen = seen & (slot >= span.start[:, None, None, None])
     return seen

@@ -1,12 +1,14 @@
 """The parts of a decoder layer, as functions of arrays."""
 
 import itertools
+import operator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jax_awq._batching import aligned
 from jax_awq.models.config import Experts
 from jax_awq.ops.awq_gemm import awq_gemm
 
@@ -33,7 +35,7 @@ def linear(x: Array, part: Linear, *, out_dtype: Any = None) -> Array:
         return awq_gemm(x, part.weight, bias=part.bias, out_dtype=out_dtype)
     y = dense(x, part.weight)
     if part.bias is not None:
-        y = y + part.bias.astype(jnp.float32)
+        y = operator.add(*aligned(y, part.bias.astype(jnp.float32)))
     return y.astype(out_dtype)
 
 
@@ -105,4 +107,4 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """x / rms(x) * weight over the last axis, normalized in float32."""
     wide = x.astype(jnp.float32)
     scale = lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return (wide * scale).astype(x.dtype) * weight
+    return operator.mul(*aligned((wide * scale).astype(x.dtype), weight))

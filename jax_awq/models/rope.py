@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jax_awq._batching import aligned
+
 _KINDS = ("default", "linear", "llama3")
 _NEEDED = {
     "default": (),
@@ -104,7 +106,8 @@ def read_rope(file: Path, values: dict[str, Any], head_dim: int) -> Rope:
 
 def angles(frequencies: np.ndarray, positions: Array, dtype: Any) -> tuple[Array, Array]:
     """cos and sin (..., T, 1, head_dim) of positions (..., T), computed in float32."""
-    angle = positions[..., None].astype(jnp.float32) * frequencies
+    positions, rates = aligned(positions[..., None].astype(jnp.float32), frequencies)
+    angle = positions * rates
     angle = jnp.concatenate([angle, angle], axis=-1)[..., None, :]
     return jnp.cos(angle).astype(dtype), jnp.sin(angle).astype(dtype)
 
@@ -113,4 +116,5 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     """Rotates the pairs (i, i + head_dim / 2) of x (..., T, heads, head_dim)."""
     half = x.shape[-1] // 2
     turned = jnp.concatenate([-x[..., half:], x[..., :half]], axis=-1)
+    x, turned, cos, sin = aligned(x, turned, cos, sin)
     return x * cos + turned * sin

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from jax_awq._batching import aligned
 from jax_awq._checks import check_choice, check_dtype, check_shape
 from jax_awq._pytree import pytree
 
@@ -110,7 +111,8 @@ def codes_of(x: Any, scale: Any, bits: int) -> Array:
 def steps_of(x: Any, scale: Any, largest: int) -> Array:
     """``x / scale`` in float32, from `-largest` to `largest`; 0 where it is NaN."""
     usable = (scale >= _SCALES[0]) & (scale <= _SCALES[1])
-    steps = x.astype(jnp.float32) * jnp.where(usable, 1 / scale, 0.0)
+    x, inverse = aligned(x, jnp.where(usable, 1 / scale, 0.0))
+    steps = x.astype(jnp.float32) * inverse
     return jnp.clip(jnp.where(jnp.isnan(steps), 0.0, steps), -largest, largest)
 
 

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jax_awq._batching import aligned
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "none": lambda y: y,
     "relu": jax.nn.relu,
@@ -19,7 +21,8 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 def epilogue(y, bias, *, activation, out_dtype) -> Array:
     """``activation(y + bias)``, rounded once; `bias` is ``(..., N)`` or None."""
     if bias is not None:
-        y = y + bias[..., None, :].astype(jnp.float32)
+        y, bias = aligned(y, bias[..., None, :].astype(jnp.float32))
+        y = y + bias
     return ACTIVATIONS[activation](y).astype(out_dtype)
 
 

@@ -6,6 +6,8 @@ of them have rank 1, `a` and `b` rank 2, and each may have a leading batch dimen
 """
 
 import dataclasses
+import math
+import operator
 from typing import Any
 
 import jax
@@ -13,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jax_awq import _ffi
+from jax_awq._batching import aligned
 from jax_awq._plan import kernel_plan, known, reference_plan, target_of, why_reference
 from jax_awq.ops._epilogue import epilogue
 
@@ -59,10 +62,11 @@ def finish(sums, *values, given, activation, out_dtype, **params) -> Array:
     by_name = {name: value for (name, _), value in zip(given, values, strict=True)}
     y = sums.astype(jnp.float32)
     if "scale_a" in by_name:
-        y = y * by_name["scale_a"][..., None]
-    columns = [by_name[name] for name in ("scale_b", "scale_c") if name in by_name]
+        y = operator.mul(*aligned(y, by_name["scale_a"][..., None]))
+    columns = [by_name[name][..., None, :] for name in ("scale_b", "scale_c") if name in by_name]
     if columns:
-        y = y * (columns[0] * columns[1] if len(columns) == 2 else columns[0])[..., None, :]
+        y, *columns = aligned(y, *columns)
+        y = y * math.prod(columns)
     return epilogue(y, by_name.get("bias"), activation=activation, out_dtype=out_dtype)
 
 

@@ -6,6 +6,7 @@ where there is none. Ranks are those of `ranks`, and each may have a leading bat
 """
 
 import dataclasses
+import operator
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jax_awq import _ffi
+from jax_awq._batching import aligned
 from jax_awq._packing import weight_size
 from jax_awq._plan import KernelPlan, kernel_plan, known, reference_plan, target_of, why_reference
 from jax_awq._primitive import OPS
@@ -76,7 +78,7 @@ def quantize(x, scale, codes: str) -> tuple[Array, Array]:
 def dequantize(x, scale, codes: str) -> Array:
     """What `x` stands for, float32; differentiable in a float `x`, as if it were not rounded."""
     q, scale = quantize(x, scale, codes)
-    rounded = q.astype(jnp.float32) * scale[..., None]
+    rounded = operator.mul(*aligned(q.astype(jnp.float32), scale[..., None]))
     if is_codes(x):
         return rounded
     x = x.astype(jnp.float32)
@@ -89,7 +91,7 @@ def reference(*operands, codes, **params):
 
 
 def _finish(q, sx, weight, bias, *, layout, activation, out_dtype, **params) -> Array:
-    y = _group_products(q, *weight, layout=layout) * sx[..., None]
+    y = operator.mul(*aligned(_group_products(q, *weight, layout=layout), sx[..., None]))
     return epilogue(y, bias, activation=activation, out_dtype=out_dtype)
 
 
@@ -119,7 +121,7 @@ def _group_products(q, qweight, scales, qzeros=None, *, layout) -> Array:
                 right.astype(jnp.float32),
                 precision=lax.Precision.HIGHEST,
             )
-        return sums * scale[..., None, :]
+        return operator.mul(*aligned(sums, scale[..., None, :]))
 
     def add(y, part):
         return y + product(part), None

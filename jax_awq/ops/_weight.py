@@ -5,6 +5,7 @@ import os
 import jax.numpy as jnp
 from jax import Array
 
+from jax_awq._batching import aligned
 from jax_awq._checks import check_weight
 from jax_awq._packing import (
     PACK_FACTOR,
@@ -130,7 +131,8 @@ def code_minus_zero(qweight, qzeros, *, layout, dtype=jnp.float32) -> Array:
         if qzeros is None
         else unpack_int4(qzeros)
     )
-    return grouped(codes, zeros.shape[-2]).astype(dtype) - zeros[..., None, :].astype(dtype)
+    codes, zeros = aligned(grouped(codes, zeros.shape[-2]), zeros[..., None, :])
+    return codes.astype(dtype) - zeros.astype(dtype)
 
 
 def grouped(array: Array, groups: int) -> Array:
@@ -145,7 +147,8 @@ def dequantize(qweight, scales, qzeros, *, layout, dtype) -> Array:
         scales.shape[-2],
     )
     # q - z has 5 bits, so its float32 product with a 16-bit scale is exact: one rounding follows.
-    weight = (codes * scales[..., None, :].astype(jnp.float32)).astype(dtype)
+    codes, scales = aligned(codes, scales[..., None, :])
+    weight = (codes * scales.astype(jnp.float32)).astype(dtype)
     return weight.reshape(*weight.shape[:-3], weight.shape[-3] * weight.shape[-2], weight.shape[-1])
 
 

@@ -1,6 +1,7 @@
 """`quantize`: AWQ over a whole model."""
 
 import dataclasses
+import operator
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jax_awq._batching import aligned
 from jax_awq._checks import read_integer
 from jax_awq.quantize.blocks import Block, check_blocks, decoder_blocks, weight_of
 from jax_awq.quantize.rtn import check_finite, read_float, rounded_weight
@@ -204,7 +206,7 @@ class _Run:
                 check_finite("quantize", name, array)
                 value = array.astype(jnp.float32)
                 if path in owner and name.endswith("weight"):
-                    value = value * self.scale(owner[path])
+                    value = operator.mul(*aligned(value, self.scale(owner[path])))
                 if path in self.consumer:
                     scale = self.scale(self.consumer[path])
                     value = value / scale.reshape(-1, *[1] * (value.ndim - 1))
@@ -263,7 +265,7 @@ class _Run:
         weight = self._weight(path).astype(jnp.float32)
         weight = weight * self.scale(index)[:, None]
         if path in self.consumer:
-            weight = weight / self.scale(self.consumer[path])
+            weight = weight / self.scale(self.consumer[path])[None, :]
         if self.clip(path):
             weight = search_clip(
                 weight,

@@ -27,7 +27,7 @@ class Statistics:
 
     def scaled(self, scale: Array) -> "Statistics":
         """Those of ``x / scale``; `scale` is positive, ``(K,)``."""
-        return Statistics(self.mean_abs / scale, self.gram / (scale[:, None] * scale))
+        return Statistics(self.mean_abs / scale, self.gram / (scale[:, None] * scale[None, :]))
 
 
 def collect_statistics(batches: Iterable[Any]) -> Statistics:

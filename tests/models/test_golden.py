@@ -53,6 +53,13 @@ def test_greedy(layers):
     np.testing.assert_array_equal(model.generate(want[:, :16], 24), want)
 
 
+def test_promotion_of_ranks_may_be_an_error():
+    want = expected(LLAMA.name)["greedy_ids"]
+    with jax.numpy_rank_promotion("raise"):
+        found = load(LLAMA.name, dtype="float32").generate(want[:, :16], 4)
+    np.testing.assert_array_equal(found, want[:, :20])
+
+
 def test_perplexity():
     want = expected(LLAMA.name)
     ids = want["valid_ids"]

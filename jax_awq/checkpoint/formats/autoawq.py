@@ -109,7 +109,7 @@ class GemvFast(Readable):
 
     def codes(self, packed: Any) -> Any:
         rows, k = packed.shape
-        nibbles = (packed[..., None] >> np.arange(0, 16, 4, dtype=np.int16)) & 15
+        nibbles = (packed[..., None] >> np.arange(0, 16, 4, dtype=np.int16)[None, None]) & 15
         # Four outputs take turns in blocks of 64 inputs.
         codes = nibbles.reshape(rows, k // 64, 4, 64).swapaxes(1, 2).reshape(rows * 4, k)
         # The tool swaps (4, 4, 2) of 32 inputs, then (4, 2) of each eight; this is the way back.
