@@ -128,7 +128,7 @@ for word in "$@"; do
         python3 -m jax_awq.bench awq_dequantize --dtypes $DTYPES --json "$OUT/awq_dequantize.json"
       ;;
     models)
-      python3 -m jax_awq.bench decode --layers unrolled --json "$OUT/decode.json" &&
+      python3 -m jax_awq.bench decode --layers unrolled --steps-per-call 1 16 --json "$OUT/decode.json" &&
         XLA_PYTHON_CLIENT_PREALLOCATE=true \
           python3 -m jax_awq.bench generate --json "$OUT/generate.json"
       ;;

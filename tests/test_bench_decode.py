@@ -65,7 +65,7 @@ def test_command_line(tmp_path, capsys):
     options = "--small --batches 1 3 --context 16 --steps 4 --repeats 1 --bandwidth-mb 1"
     assert main(["decode", *options.split(), "--json", str(file)]) == 0
     captured = capsys.readouterr()
-    assert "decode jax_awq unrolled float16 batch 3: " in captured.err
+    assert "decode jax_awq unrolled float16 batch 3, 1 a call: " in captured.err
     result = json.loads(file.read_text())
     assert {"build_info", "device", "jax", "date", "ceilings", "method", "model"} <= set(result)
     assert result["model"] == json.loads(json.dumps(dataclasses.asdict(SMALL)))
@@ -87,12 +87,28 @@ def test_command_line(tmp_path, capsys):
     assert rows[0]["weight_bytes"] < rows[4]["weight_bytes"]
     assert main(["table", str(file)]) == 0
     assert capsys.readouterr().out == captured.out
-    assert captured.out.startswith("| impl | layers | dtype | batch | us/step | tokens/s |")
+    assert captured.out.startswith("| impl | layers | dtype | batch | steps/call | us/step |")
+
+
+def test_several_steps_of_a_call():
+    params = decode.random_params(SMALL, packed=True, stacked=False, group_size=128)
+    token, cache = jnp.array([3]), make_cache(SMALL, 1, 8, stacked=False)
+    many, filled = decode.step(params, token, cache, config=SMALL, steps=3)
+    cache = make_cache(SMALL, 1, 8, stacked=False)
+    for _ in range(3):
+        token, cache = decode.step(params, token, cache, config=SMALL)
+    assert int(many[0]) == int(token[0])
+    assert int(filled.length) == int(cache.length) == 3
+    options = {"context": 8, "steps": 4, "steps_per_call": (1, 4), "repeats": 1, "bandwidth": 1e9}
+    rows = list(decode.run(SMALL, [1], chosen=["jax_awq"], layers=["unrolled"], **options))
+    assert [row["steps_per_call"] for row in rows] == [1, 4]
 
 
 def test_steps_must_fit():
     with pytest.raises(SystemExit, match="--steps must be from 1 to --context 8, got 9"):
         main(["decode", "--small", "--context", "8", "--steps", "9"])
+    with pytest.raises(SystemExit, match="--steps-per-call must divide --steps 8, got 3"):
+        main(["decode", "--small", "--context", "8", "--steps", "8", "--steps-per-call", "1", "3"])
 
 
 def test_the_array_for_the_bandwidth_has_bytes():

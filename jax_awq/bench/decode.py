@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import functools
+import itertools
 import statistics
 import sys
 import time
@@ -11,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 import jax_awq
 from jax_awq.bench import arguments, impls, report
@@ -23,9 +24,10 @@ from jax_awq.models.params import stack
 from jax_awq.models.rope import Rope
 
 METHOD = (
-    "A step is one call of a jitted program that takes the last tokens and the donated cache and "
-    "gives the next tokens (argmax) and the cache; steps are dispatched one after the other from "
-    "Python without looking at a token, as many as fit before the cache is full, then awaited. "
+    "A step takes the last tokens and the cache and gives the next tokens (argmax) and the cache. "
+    "A call of a jitted program, which donates the cache, makes `steps_per_call` of them, in a "
+    "loop inside the program where they are several; calls are dispatched one after the other "
+    "from Python without looking at a token, until the cache is full, then awaited. "
     "us is the median of the repeats after a warm-up, divided by the steps. The cache is random "
     "and has `context` slots, all of which every step reads. weight_bytes are those that a step "
     "reads: layers, norms and lm_head, not the embedding. bound_us is weight_bytes at the "
@@ -118,12 +120,17 @@ def weight_bytes(params: dict[str, Any]) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves({**params, "embed": None}))
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("config", "steps"), donate_argnames="cache")
 def step(
-    params: dict[str, Any], token: Array, cache: KVCache, *, config: DecoderConfig
+    params: dict[str, Any], token: Array, cache: KVCache, *, config: DecoderConfig, steps: int = 1
 ) -> tuple[Array, KVCache]:
-    logits, cache = decoder.decode_step(params, token, cache, config=config)
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
+    def one(_, carry: tuple[Array, KVCache]) -> tuple[Array, KVCache]:
+        logits, cache = decoder.decode_step(params, *carry, config=config)
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
+
+    if steps == 1:
+        return one(0, (token, cache))
+    return lax.fori_loop(0, steps, one, (token, cache))
 
 
 def read_bytes_per_second(size: int, *, calls: int = 8, repeats: int = 5) -> dict[str, float]:
@@ -153,24 +160,28 @@ def run(
     layers: Sequence[str] = LAYERS,
     context: int = 512,
     steps: int = 64,
+    steps_per_call: Sequence[int] = (1,),
     repeats: int = 5,
     group_size: int = 128,
     bandwidth: float,
 ) -> Iterator[dict[str, Any]]:
-    """Yields a row for each implementation, form of the layers and batch."""
+    """Yields a row for each implementation, form of the layers, batch and steps of a call."""
     for impl in chosen:
         for form in layers:
             packed, stacked = impl == "jax_awq", form == "stacked"
             params = random_params(config, packed=packed, stacked=stacked, group_size=group_size)
             bound = weight_bytes(params) / bandwidth * 1e6
-            for batch in batches:
-                us, compile_seconds = _time(params, config, batch, context, steps, repeats, stacked)
+            for batch, at_once in itertools.product(batches, steps_per_call):
+                us, compile_seconds = _time(
+                    params, config, batch, context, steps, at_once, repeats, stacked
+                )
                 row = {
                     "op": "decode",
                     "impl": impl,
                     "layers": form,
                     "batch": batch,
                     "context": context,
+                    "steps_per_call": at_once,
                     "group_size": group_size if packed else 0,
                     "dtype": config.dtype,
                     "us": round(us, 2),
@@ -185,7 +196,7 @@ def run(
             del params
 
 
-def _time(params, config, batch, context, steps, repeats, stacked) -> tuple[float, float]:
+def _time(params, config, batch, context, steps, at_once, repeats, stacked) -> tuple[float, float]:
     cache = make_cache(config, batch, context, stacked=stacked)
     leaves, tree = jax.tree.flatten((cache.k, cache.v))
     keys = jax.random.split(jax.random.key(1), len(leaves))
@@ -194,16 +205,17 @@ def _time(params, config, batch, context, steps, repeats, stacked) -> tuple[floa
     first = context - steps
     cache = cache._replace(k=k, v=v, length=jnp.int32(first))
     token = jnp.zeros(batch, jnp.int32)
+    run = functools.partial(step, config=config, steps=at_once)
     start = time.perf_counter()
-    token, cache = jax.block_until_ready(step(params, token, cache, config=config))
+    token, cache = jax.block_until_ready(run(params, token, cache))
     compile_seconds = time.perf_counter() - start
     times = []
     for _ in range(repeats + 1):
         cache = cache._replace(length=jnp.int32(first))
         jax.block_until_ready(cache)
         start = time.perf_counter()
-        for _ in range(steps):
-            token, cache = step(params, token, cache, config=config)
+        for _ in range(steps // at_once):
+            token, cache = run(params, token, cache)
         jax.block_until_ready(token)
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:]) / steps * 1e6, compile_seconds
@@ -219,6 +231,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--context", type=arguments.positive, default=512, help="slots of the cache"
     )
     parser.add_argument("--steps", type=int, default=64, help="steps of a repeat")
+    parser.add_argument(
+        "--steps-per-call",
+        nargs="+",
+        type=arguments.positive,
+        default=[1],
+        help="steps that one call of the program makes, divisors of --steps",
+    )
     parser.add_argument("--repeats", type=arguments.positive, default=5)
     parser.add_argument("--group-size", type=arguments.group_size, default=128)
     parser.add_argument(
@@ -230,6 +249,9 @@ def main(args: argparse.Namespace) -> int:
     """`python -m jax_awq.bench decode`."""
     if not 0 < args.steps <= args.context:
         raise SystemExit(f"--steps must be from 1 to --context {args.context}, got {args.steps}")
+    for at_once in args.steps_per_call:
+        if args.steps % at_once:
+            raise SystemExit(f"--steps-per-call must divide --steps {args.steps}, got {at_once}")
     if args.bandwidth_mb < 1:
         raise SystemExit(f"--bandwidth-mb must be 1 or more, got {args.bandwidth_mb:g}")
     shape = SMALL if args.small else LLAMA_3_8B
@@ -248,6 +270,7 @@ def main(args: argparse.Namespace) -> int:
             layers=args.layers,
             context=args.context,
             steps=args.steps,
+            steps_per_call=args.steps_per_call,
             repeats=args.repeats,
             group_size=args.group_size,
             bandwidth=max(rates.values()),
@@ -261,12 +284,13 @@ def main(args: argparse.Namespace) -> int:
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """One line a row."""
-    head = ["impl", "layers", "dtype", "batch", "us/step", "tokens/s", "weights GB", "of the bound"]
-    lines = [f"| {' | '.join(head)} |", "|---|---|---|" + "---:|" * 5]
+    head = ["impl", "layers", "dtype", "batch", "steps/call", "us/step", "tokens/s", "weights GB"]
+    head.append("of the bound")
+    lines = [f"| {' | '.join(head)} |", "|---|---|---|" + "---:|" * 6]
     for row in rows:
         lines.append(
             f"| {row['impl']} | {row['layers']} | {row['dtype']} | {row['batch']} "
-            f"| {row['us']:.0f} | {row['tokens_per_second']:.0f} "
+            f"| {row.get('steps_per_call', 1)} | {row['us']:.0f} | {row['tokens_per_second']:.0f} "
             f"| {row['weight_bytes'] / 1e9:.2f} | {row['bound_fraction']:.0%} |"
         )
     return "\n".join(lines) + "\n"
@@ -274,7 +298,8 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 def _line(row: dict[str, Any]) -> str:
     return (
-        f"decode {row['impl']} {row['layers']} {row['dtype']} batch {row['batch']}: "
+        f"decode {row['impl']} {row['layers']} {row['dtype']} batch {row['batch']}, "
+        f"{row['steps_per_call']} a call: "
         f"{row['us']:.1f} us, {row['tokens_per_second']:.0f} tokens/s, "
         f"{row['bound_fraction']:.2f} of the bound, compiled in {row['compile_seconds']} s"
     )
