@@ -4,13 +4,14 @@
 //     nvcc -O3 -std=c++17 -Isrc -gencode=arch=compute_90a,code=sm_90a benchmarks/sweep.cu
 //         src/kernels/*.cu src/kernels/*.cc -o sweep
 //     ./sweep "4096,4096 14336,4096" "1 16 64" "tma_64x256:4 few_8x256 decode_8"
-//     [f16|bf16|s8|e4m3] [G] [transposed|product] [SECONDS]
+//     [f16|bf16|s8|e4m3|round-s8|round-e4m3] [G] [transposed|product] [SECONDS]
 //
 // One line a measurement: K N G M dtype variant split us error, the error against the simt kernel
 // relative to the largest result. A variant without a split takes the plan's,
 // and "auto" its variant too. With SECONDS each is timed after so long of itself: the clock falls
 // where the power limit is reached. With s8 and e4m3 x is such codes, and the simt kernel has them
-// as f16.
+// as f16. With round-* the call is awq_gemm_w4a8's: float16 is rounded to such codes first, and the
+// error is that of the rounding, too; splits are the plan's.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -22,11 +23,13 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <optional>
 #include <sstream>
 #include <string>
 #include <vector>
 
 #include "kernels/awq_gemm.h"
+#include "kernels/awq_gemm_w4a8.h"
 
 using namespace jax_awq;
 
@@ -107,7 +110,7 @@ float ToFloat(__nv_bfloat16 v) { return __bfloat162float(v); }
 template <typename T>
 void Sweep(const std::vector<std::string>& shapes, const std::vector<std::string>& ms,
            const std::vector<std::string>& variants, DType dtype, DType x_dtype, int64_t group,
-           bool transpose, double load_seconds) {
+           bool transpose, double load_seconds, const Codes* rounded) {
   constexpr size_t kPool = size_t{1} << 30;
   constexpr double kColdBytes = 240e6;
   cudaStream_t stream;
@@ -207,13 +210,39 @@ void Sweep(const std::vector<std::string>& shapes, const std::vector<std::string
         if (q.variant == "auto") q.variant.clear();
         q.split_k = colon == std::string::npos ? 0 : std::stol(word.substr(colon + 1));
         AwqGemmPlan plan;
+        AwqGemmW4A8Problem rounding;
+        AwqGemmW4A8Plan rounding_plan;
         try {
-          plan = PlanAwqGemm(q, device, kWorkspace);
+          if (rounded) {
+            rounding.m = p.m;
+            rounding.n = n;
+            rounding.k = k;
+            rounding.group_size = g;
+            rounding.has_zeros = true;
+            rounding.codes = *rounded;
+            rounding.variant = q.variant;
+            rounding_plan = PlanAwqGemmW4A8(rounding, device, kWorkspace);
+            plan = rounding_plan.gemm;
+          } else {
+            plan = PlanAwqGemm(q, device, kWorkspace);
+          }
         } catch (const std::exception&) {
           continue;
         }
+        auto call = [&](int copy) {
+          if (!rounded) return launch(q, plan, copy, y);
+          AwqGemmW4A8Buffers b = {};
+          b.weight = buffers(copy, y).weight;
+          b.x = x;
+          b.y = y;
+          b.workspace = workspace;
+          if (const char* error = LaunchAwqGemmW4A8(rounding, rounding_plan, b, stream)) {
+            std::fprintf(stderr, "%s: %s\n", plan.variant.c_str(), error);
+            std::exit(1);
+          }
+        };
         CHECK(cudaMemsetAsync(y, 0xff, outputs * 2, stream));
-        launch(q, plan, 0, y);
+        call(0);
         CHECK(cudaMemcpyAsync(got.data(), y, checked * 2, cudaMemcpyDefault, stream));
         CHECK(cudaStreamSynchronize(stream));
         double error = 0, largest = 0;
@@ -226,7 +255,7 @@ void Sweep(const std::vector<std::string>& shapes, const std::vector<std::string
         cudaGraph_t graph;
         cudaGraphExec_t exec;
         CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
-        for (int i = 0; i < calls; ++i) launch(q, plan, i % copies, y);
+        for (int i = 0; i < calls; ++i) call(i % copies);
         CHECK(cudaStreamEndCapture(stream, &graph));
         CHECK(cudaGraphInstantiate(&exec, graph, 0));
         cudaEvent_t start, end;
@@ -252,7 +281,8 @@ void Sweep(const std::vector<std::string>& shapes, const std::vector<std::string
         CHECK(cudaGraphExecDestroy(exec));
         CHECK(cudaGraphDestroy(graph));
         std::printf("%ld %ld %ld %ld %s %s %d %.2f %.1e\n", k, n, group, p.m,
-                    q.x_dtype == DType::kF16    ? "f16"
+                    rounded ? *rounded == Codes::kInt8 ? "round-s8" : "round-e4m3"
+                    : q.x_dtype == DType::kF16  ? "f16"
                     : q.x_dtype == DType::kBF16 ? "bf16"
                     : q.x_dtype == DType::kS8   ? "s8"
                                                 : "e4m3",
@@ -271,9 +301,12 @@ int main(int argc, char** argv) {
   const int64_t group = argc > 5 ? std::stol(argv[5]) : 128;
   const bool transpose = argc > 6 && argv[6] == std::string("transposed");
   const double load_seconds = argc > 7 ? std::atof(argv[7]) : 0;
+  const auto rounded = dtype == "round-s8"     ? std::make_optional(Codes::kInt8)
+                       : dtype == "round-e4m3" ? std::make_optional(Codes::kFloat8)
+                                               : std::nullopt;
   const auto sweep = [&](auto type, DType scales, DType x) {
     Sweep<decltype(type)>(Words(argv[1]), Words(argv[2]), Words(argv[3]), scales, x, group,
-                          transpose, load_seconds);
+                          transpose, load_seconds, rounded ? &*rounded : nullptr);
   };
   if (dtype == "bf16") {
     sweep(__nv_bfloat16(), DType::kBF16, DType::kBF16);
