@@ -205,9 +205,9 @@ def _time(params, config, batch, context, steps, at_once, repeats, stacked) -> t
     first = context - steps
     cache = cache._replace(k=k, v=v, length=jnp.int32(first))
     token = jnp.zeros(batch, jnp.int32)
-    run = functools.partial(step, config=config, steps=at_once)
+    call = functools.partial(step, config=config, steps=at_once)
     start = time.perf_counter()
-    token, cache = jax.block_until_ready(run(params, token, cache))
+    token, cache = jax.block_until_ready(call(params, token, cache))
     compile_seconds = time.perf_counter() - start
     times = []
     for _ in range(repeats + 1):
@@ -215,7 +215,7 @@ def _time(params, config, batch, context, steps, at_once, repeats, stacked) -> t
         jax.block_until_ready(cache)
         start = time.perf_counter()
         for _ in range(steps // at_once):
-            token, cache = run(params, token, cache)
+            token, cache = call(params, token, cache)
         jax.block_until_ready(token)
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:]) / steps * 1e6, compile_seconds

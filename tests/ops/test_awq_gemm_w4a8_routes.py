@@ -229,8 +229,10 @@ def test_the_plan_takes_what_was_fastest(codes, file):
         found = plan("awq_gemm_w4a8", *shapes(m, k, n, 128), device="sm_90", activation_dtype=codes)
         return found.kernel, found.split_k
 
-    excess = sweeps.excess(f"sweep_{file}.txt", chosen)
-    assert len(excess) >= 75
+    excess, missing = sweeps.excess(f"sweep_{file}.txt", chosen)
+    # Tiles of fewer rows than x has, three beside each other, were not timed.
+    assert missing == {(m, k, 5120) for m in (96, 192) for k in (2048, 5120)}
+    assert len(excess) == 77
     assert max(excess.values()) <= 0.14
     assert sum(excess.values()) / len(excess) <= 0.01
 
